@@ -1,0 +1,21 @@
+"""Refusing what cannot work: one line that names key, rule and value, before anything is computed."""
+
+_ABSENT = object()
+
+
+class Refused(ValueError):
+    """The input was wrong. `str` is the one line a user reads: `key: rule, got value`."""
+
+    def __init__(self, key: str, rule: str, got: object = _ABSENT):
+        self.key, self.rule, self.got = key, rule, got
+        super().__init__(f"{key}: {rule}" + ("" if got is _ABSENT else f", got {got}"))
+
+    def under(self, group: str) -> "Refused":
+        """The same refusal with its key read as a key of `group`."""
+        return Refused(f"{group}.{self.key}", self.rule, self.got)
+
+
+def require(holds: bool, key: str, rule: str, got: object = _ABSENT) -> None:
+    """Refuse with `key: rule, got value` unless `holds`."""
+    if not holds:
+        raise Refused(key, rule, got)

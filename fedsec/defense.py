@@ -1,0 +1,116 @@
+"""What a defense is: three hooks, each the identity unless overridden, and what it guarantees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedsec.checks import Refused
+from fedsec.types import Batch, Tensors, Update
+
+
+@dataclass(frozen=True)
+class Training:
+    """The facts of a training run that a privacy guarantee depends on, for one client."""
+
+    steps: int  # gradient steps that touched the client's data
+    examples: int  # the client's data set
+    batch: int  # expected batch size
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """A formal guarantee, or the reason why there is none."""
+
+    epsilon: float | None  # at `delta`, by `accountant`
+    delta: float | None
+    accountant: str | None  # with its conversion, e.g. "PRV"
+    others: tuple[tuple[str, float], ...] = ()  # the same run by other accountants
+    reason: str = ""  # why epsilon is None
+
+
+class Defense:
+    """Identity hooks. A defense is a frozen keyword-only dataclass that overrides some of them."""
+
+    poisson = False  # training batches are drawn by Poisson sampling
+    mixes = False  # images of the sent batch are no longer single private images
+
+    def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
+        """What the loss is computed on, instead of the private batch."""
+        return batch
+
+    def gradients(
+        self, model: nn.Module, batch: Batch, rng: torch.Generator, expected: int
+    ) -> Tensors:
+        """One gradient step's gradient, by parameter name.
+
+        `expected` is the batch size that the sampling aims at; `len(batch)` may differ from it,
+        and may be zero, only under Poisson sampling.
+        """
+        from fedsec.client import mean_gradient
+
+        return mean_gradient(model, batch)
+
+    def update(self, update: Update, rng: torch.Generator) -> Update:
+        """What is sent instead of `update`."""
+        return update
+
+    def privacy(self, training: Training) -> Privacy | None:
+        """The guarantee for `training`; None if the defense claims none."""
+        return None
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that the defense cannot protect."""
+
+
+@dataclass(frozen=True)
+class Compose(Defense):
+    """Several defenses, applied left to right. At most one may replace the gradient step."""
+
+    parts: Sequence[Defense]
+
+    def __post_init__(self):
+        stepping = [p for p in self.parts if type(p).gradients is not Defense.gradients]
+        if len(stepping) > 1:
+            names = ", ".join(type(p).__name__.lower() for p in stepping)
+            raise Refused("defense", "at most one defense may compute the gradient", names)
+
+    @property
+    def poisson(self) -> bool:  # type: ignore[override]
+        return any(p.poisson for p in self.parts)
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return any(p.mixes for p in self.parts)
+
+    def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
+        for part in self.parts:
+            batch = part.batch(batch, rng)
+        return batch
+
+    def gradients(
+        self, model: nn.Module, batch: Batch, rng: torch.Generator, expected: int
+    ) -> Tensors:
+        for part in self.parts:
+            if type(part).gradients is not Defense.gradients:
+                return part.gradients(model, batch, rng, expected)
+        return super().gradients(model, batch, rng, expected)
+
+    def update(self, update: Update, rng: torch.Generator) -> Update:
+        for part in self.parts:
+            update = part.update(update, rng)
+        return update
+
+    def privacy(self, training: Training) -> Privacy | None:
+        claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
+        if claims and self.mixes:
+            why = "mixing lets one example touch several clipped gradients: no bound holds"
+            return Privacy(None, claims[0].delta, None, reason=why)
+        return claims[0] if claims else None
+
+    def check(self, model: nn.Module) -> None:
+        for part in self.parts:
+            part.check(model)

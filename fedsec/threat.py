@@ -1,0 +1,211 @@
+"""The privacy boundary: what an adversary could know, and the only code that copies it out.
+
+`FACTS` is the whole table. A threat model grants some of its names; `observe` copies those, and
+nothing else, out of exchanges that the harness holds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsec.checks import Refused, require
+from fedsec.types import Batch, Exchange, Local, Update
+
+Stack = Sequence[Exchange]  # exchanges that share one model
+
+
+class Withheld(Exception):
+    """The threat model does not grant the fact that was read."""
+
+
+def _stacked(updates: Sequence[Update]) -> Update:
+    """One update whose tensors have a leading axis: the victims."""
+    first = updates[0]
+    return Update(
+        {k: torch.stack([u.tensors[k] for u in updates]).clone() for k in first.tensors},
+        {k: torch.stack([u.buffers[k] for u in updates]).clone() for k in first.buffers},
+        first.count,
+    )
+
+
+def _model(stack: Stack):
+    model = copy.deepcopy(stack[0].model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def _aggregate(stack: Stack) -> Update:
+    sums = [e.aggregate for e in stack]
+    assert all(s is not None for s in sums), "the harness computes aggregates for every round"
+    return _stacked([s for s in sums if s is not None])
+
+
+def _pool(stack: Stack, name: str) -> list[Batch]:
+    pools = [getattr(e, name) for e in stack]
+    assert all(p is not None for p in pools), f"the harness provides {name} when it is granted"
+    return pools
+
+
+def _norm_stats(stack: Stack) -> list[tuple[Tensor, Tensor]]:
+    layers = range(len(stack[0].norm_stats))
+    return [
+        (
+            torch.stack([e.norm_stats[i][0] for e in stack]),
+            torch.stack([e.norm_stats[i][1] for e in stack]),
+        )
+        for i in layers
+    ]
+
+
+def _without_buffers(update: Update) -> Update:
+    return Update(update.tensors, {}, update.count)
+
+
+# Each fact: its name, and how to copy it out of a stack of exchanges. Tensors that differ between
+# victims get a leading victim axis; what the victims share (model, count, shape, ...) does not.
+FACTS: dict[str, Callable[[Stack], object]] = {
+    # architecture and weights before the step, in the declared mode
+    "model": _model,
+    # gradient, or weights before - after, by parameter name: [v, *parameter]
+    "update": lambda stack: _without_buffers(_stacked([e.update for e in stack])),
+    # the same, but only the count-weighted mean over all clients of the round
+    "aggregate": lambda stack: _without_buffers(_aggregate(stack)),
+    # private images behind one update
+    "count": lambda stack: len(stack[0].batch),
+    # (channels, height, width) of an image
+    "shape": lambda stack: tuple(stack[0].batch.images.shape[1:]),
+    # what the loss was told: [v, count, classes], mixed where a defense mixes
+    "labels": lambda stack: torch.stack([e.trained.targets for e in stack]).clone(),
+    # (mean, biased variance) of the input of each BatchNorm on the private batch: [v, channels]
+    "norm_stats": _norm_stats,
+    # running statistics that the client sends, by name: [v, channels]
+    "buffers": lambda stack: _stacked([e.update for e in stack]).buffers,
+    # learning rate, steps, batch size of a local step
+    "local": lambda stack: Local(**vars(stack[0].local)),
+    # "train" or "eval": how BatchNorm behaved in the victim's step
+    "mode": lambda stack: stack[0].mode,
+    # the least and the greatest value of a pixel
+    "data_range": lambda stack: (0.0, 1.0),
+    # the defense and its public parameters (Kerckhoffs); never its random draws
+    "defense": lambda stack: copy.deepcopy(stack[0].defense),
+    # the same clients' earlier updates, oldest first
+    "history": lambda stack: [
+        _stacked([e.history[i] for e in stack]) for i in range(len(stack[0].history))
+    ],
+    # public images of the same kind: [n, c, h, w], with their labels
+    "aux": lambda stack: copy.deepcopy(_pool(stack, "aux")[0]),
+    # a pool that holds the private images: [v, n, c, h, w], in an order that says nothing
+    "candidates": lambda stack: torch.stack(
+        [pool.images for pool in _pool(stack, "candidates")]
+    ).clone(),
+}
+
+
+class Observation:
+    """What one adversary sees of a stack of victims: exactly the granted facts, as attributes.
+
+    The attributes' shapes are those of `FACTS`. Reading a fact that is not granted raises Withheld.
+    """
+
+    def __init__(self, threat: str, facts: dict[str, object]):
+        self.__dict__.update(facts)
+        self.__dict__["_threat"] = threat
+
+    @property
+    def grants(self) -> tuple[str, ...]:
+        return tuple(sorted(name for name in self.__dict__ if name in FACTS))
+
+    def __getattr__(self, name: str):
+        if name in FACTS:
+            grants = ", ".join(self.grants)
+            raise Withheld(f"threat={self._threat} withholds '{name}'; it grants {grants}")
+        raise AttributeError(name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"an observation is read-only: {name}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """A named list of granted facts."""
+
+    grants: tuple[str, ...]  # names of FACTS
+    name: str = "custom"  # how the report calls it
+
+    def __post_init__(self):
+        require(len(self.grants) > 0, "grants", "must name at least one fact", self.grants)
+        for fact in self.grants:
+            known = ", ".join(FACTS)
+            require(fact in FACTS, "grants", f"must be among {known}", fact)
+
+    @property
+    def sums_only(self) -> bool:
+        """Whether single updates are hidden in their sum (secure aggregation)."""
+        return "update" not in self.grants and "aggregate" in self.grants
+
+    def observe(self, stack: Stack) -> Observation:
+        """Copy the granted facts out of exchanges that share one model and one batch size."""
+        assert len({e.round for e in stack}) == 1 and len({len(e.batch) for e in stack}) == 1
+        return Observation(self.name, {fact: FACTS[fact](stack) for fact in self.grants})
+
+
+def admit(attack: str, needs: frozenset[str], threat: ThreatModel, presets: dict[str, ThreatModel]):
+    """Refuse an attack that needs what the threat model withholds, and name a way out."""
+    missing = _missing(needs, threat)
+    if not missing:
+        return
+    enough = [name for name, preset in presets.items() if not _missing(needs, preset)]
+    way = f"use threat={' or threat='.join(enough)}" if enough else f"add threat.grants={missing}"
+    what = ", ".join(f"'{m}'" for m in missing)
+    raise Refused(
+        "threat",
+        f"attack={attack} needs {what.replace('|', ' or ')}; {way}",
+        f"{threat.name}, which grants {', '.join(sorted(threat.grants))}",
+    )
+
+
+def _missing(needs: frozenset[str], threat: ThreatModel) -> list[str]:
+    return sorted(n for n in needs if not any(fact in threat.grants for fact in n.split("|")))
+
+
+def summed(exchanges: Stack) -> Exchange:
+    """One exchange that stands for the sum over several clients of one round."""
+    first = exchanges[0]
+    total = sum(e.update.count for e in exchanges)
+    weights = [e.update.count / total for e in exchanges]
+
+    def mean(pick: Callable[[Update], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            k: sum((w * pick(e.update)[k] for w, e in zip(weights, exchanges, strict=True)),
+                   torch.zeros(()))
+            for k in pick(first.update)
+        }  # fmt: skip
+
+    update = Update(mean(lambda u: u.tensors), mean(lambda u: u.buffers), total)
+    return Exchange(
+        round=first.round,
+        clients=tuple(c for e in exchanges for c in e.clients),
+        model=first.model,
+        mode=first.mode,
+        update=update,
+        batch=_joined([e.batch for e in exchanges]),
+        trained=_joined([e.trained for e in exchanges]),
+        local=first.local,
+        defense=first.defense,
+        aggregate=update,
+        aux=first.aux,
+    )
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    return Batch(
+        torch.cat([b.images for b in batches]),
+        torch.cat([b.targets for b in batches]),
+        tuple(i for b in batches for i in b.index),
+    )
