@@ -22,6 +22,11 @@ class Attack:
 
     needs: ClassVar[frozenset[str]]  # facts; "update|aggregate" means either
 
+    @property
+    def evaluations(self) -> int:
+        """Gradient evaluations for one victim, for the plan; 0 for an analytic attack."""
+        return 0
+
     def __call__(
         self, seen: Observation, rngs: Sequence[torch.Generator], progress: Progress
     ) -> Reconstruction:

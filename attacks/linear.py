@@ -1,0 +1,73 @@
+"""The exact leak of a fully connected layer that sees the input."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedsec import cost, engine, labels
+from fedsec.attack import Attack
+from fedsec.checks import Refused
+from fedsec.models import first_layer
+from fedsec.types import Local, Reconstruction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Attack):
+    """Reads images off the first layer's gradient (Phong et al. 2018, section 3; no optimisation).
+
+    For weights W and bias b, row i of dW over entry i of db is the input: exactly, when one image
+    alone drove neuron i; else a mean weighted by what each image passed back. With one image, the
+    neuron with the largest bias gradient is read. With more, rows are read from large to small bias
+    gradient, those outside the data range (certainly mixtures) and repetitions last.
+    """
+
+    needs = frozenset({"model", "update|aggregate", "count", "shape", "data_range"})
+
+    def check(self, model: nn.Module) -> None:
+        name, layer = first_layer(model)
+        if not isinstance(layer, nn.Linear) or layer.bias is None:
+            kind = type(layer).__name__
+            raise Refused("model", "attack=linear needs a fully connected first layer with bias "
+                          "(model=mlp)", f"{kind} {name}")  # fmt: skip
+
+    def __call__(self, seen, rngs, progress):
+        update = seen.update if "update" in seen.grants else seen.aggregate
+        name, _ = first_layer(seen.model)
+        rows, bias = update.tensors[f"{name}.weight"], update.tensors[f"{name}.bias"]
+        images = torch.stack(
+            [_read(seen, w, b) for w, b in zip(rows, bias, strict=True)]
+        )  # v b c h w
+        targets = labels.targets_of(seen, rngs)
+        local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+
+        def distance(v: int) -> torch.Tensor:
+            guess = engine.simulate(seen.model, images[v], targets[v], local)
+            return engine.cosine(guess, {k: t[v] for k, t in update.tensors.items()})
+
+        # one simulated update certifies the result; its arithmetic is the attack's cost
+        spent = cost.flops(lambda: distance(0))
+        loss = torch.stack([distance(v) for v in range(len(images))]).detach()
+        progress(1, 1, float(loss.mean()))
+        nothing = torch.zeros(len(images), dtype=torch.long)
+        gflop = torch.full((len(images),), spent, dtype=torch.float64)
+        return Reconstruction(images.clamp(0, 1), targets.argmax(-1), loss, nothing, gflop)
+
+
+def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The `count` most credible images [b, c, h, w] among the neurons of one victim."""
+    order = bias.abs().argsort(descending=True)
+    order = order[bias[order] != 0][: 64 * seen.count]
+    normalise = seen.model.normalise
+    flat = rows[order] / bias[order, None]
+    images = flat.reshape(-1, *seen.shape) * normalise.std + normalise.mean
+    if len(images) == 0:
+        return images.new_full((seen.count, *seen.shape), 0.5)
+    low, high = seen.data_range
+    outside = (low - images).clamp_min(0) + (images - high).clamp_min(0)
+    mixture = outside.flatten(1).amax(1) > 1e-3 * (high - low)
+    near = torch.cdist(images.flatten(1), images.flatten(1)) < 1e-2 * flat.shape[1] ** 0.5
+    repeated = near.tril(-1).any(1)
+    credible = (mixture.long() + 2 * repeated.long()).argsort(stable=True)[: seen.count]
+    picked = images[credible]
+    return torch.cat([picked, picked[:1].expand(seen.count - len(picked), *seen.shape)])

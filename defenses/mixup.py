@@ -1,0 +1,76 @@
+"""Mixup: the loss sees convex combinations of the images of a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedsec.checks import require
+from fedsec.defense import Defense
+from fedsec.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixup(Defense):
+    """Mixup of k images: Zhang et al., ICLR 2018, as a defense in Huang et al. (ICML 2020, 2021).
+
+    Encoding i is a sum of image i and k - 1 other images of the batch, drawn without replacement
+    for each encoding, with coefficients |N(0, 1)| scaled to sum to one and redrawn while one of
+    them exceeds `upper`. The targets are mixed with the same coefficients. An encoding stays in
+    [0, 1]. A batch of fewer than k images is refused; the empty one stays empty. The published
+    code mixes with k - 1 permutations of the batch, which may mix an image with itself.
+
+    Guarantee: none. Adaptive attack: reconstruct the encodings, then separate the images, each of
+    which appears in several. Known break: Carlini et al., "Is private learning possible with
+    instance encoding?", IEEE S&P 2021.
+    """
+
+    k: int  # >= 2, images in one encoding
+    upper: float  # in [1.25 / k, 1], bound on the largest coefficient
+
+    mixes = True
+
+    def __post_init__(self):
+        _require_mixable(self.k, self.upper)
+
+    def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
+        return mixed(batch, self.k, self.upper, rng, "mixup")
+
+
+def mixed(batch: Batch, k: int, upper: float, rng: torch.Generator, name: str) -> Batch:
+    """`batch` with its images and its targets multiplied by one draw of `mixing`."""
+    if len(batch) == 0:
+        return batch
+    rule = f"{name} needs at least {k} images in a batch; lower its k, or raise this"
+    require(len(batch) >= k, "victim_batch", rule, len(batch))
+    weights = mixing(len(batch), k, upper, rng).to(batch.images)
+    images = (weights @ batch.images.flatten(1)).view_as(batch.images)
+    return Batch(images.clamp(0.0, 1.0), weights.to(batch.targets) @ batch.targets)
+
+
+def mixing(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, "n n"]:
+    """Row i: the weights of encoding i, k of them above zero, its own image's among them."""
+    order = torch.rand(n, n, generator=rng)
+    order.fill_diagonal_(-1.0)  # its own image comes first
+    partners = order.argsort(dim=1)[:, :k]
+    return torch.zeros(n, n).scatter(1, partners, _coefficients(n, k, upper, rng))
+
+
+def _coefficients(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, "n k"]:
+    def draw(rows: int) -> Tensor:
+        magnitude = torch.randn(rows, k, generator=rng).abs()
+        return magnitude / magnitude.sum(dim=1, keepdim=True)
+
+    rows = draw(n)
+    while (over := rows.amax(dim=1) > upper).any():
+        rows[over] = draw(int(over.sum()))
+    return rows
+
+
+def _require_mixable(k: int, upper: float) -> None:
+    require(k >= 2, "k", "must be at least 2", k)
+    least = 1.25 / k  # k coefficients of mean 1/k: closer to it almost every draw is rejected
+    require(least <= upper <= 1, "upper", f"must be in [1.25 / k, 1] = [{least:g}, 1]", upper)

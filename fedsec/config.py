@@ -1,0 +1,153 @@
+"""From a composed configuration to objects. Only this file sees a DictConfig.
+
+The class that a YAML names is the schema of that YAML: wrong keys and wrong types are refused with
+the key's full name, and so is what the class itself refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from fedsec.checks import Refused, require
+
+GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """The values of run.yaml that belong to no group."""
+
+    images: int  # victim images attacked, >= 1
+    victim_batch: int | str  # images per attacked update, or "same": the training exchanges
+    rounds: int  # of the federation, >= 0
+    attack_rounds: tuple[int, ...]  # rounds whose exchanges are attacked; 0: the initial model
+    clients: int  # >= 1
+    seed: int
+    device: str  # auto, cpu or cuda
+    out: str | None  # result folder; none: a fresh one under outputs/
+    control: bool  # also run without the defense
+    stack: int  # victims attacked together, >= 1: memory against speed
+    threads: int  # of torch, on a CPU, >= 1
+
+    def __post_init__(self):
+        require(self.images >= 1, "images", "must be at least 1", self.images)
+        require(self.rounds >= 0, "rounds", "must not be negative", self.rounds)
+        require(self.clients >= 1, "clients", "must be at least 1", self.clients)
+        require(self.stack >= 1, "stack", "must be at least 1", self.stack)
+        require(self.threads >= 1, "threads", "must be at least 1", self.threads)
+        devices = ("auto", "cpu", "cuda")
+        require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
+        rounds = self.attack_rounds
+        require(len(rounds) > 0, "attack_rounds", "must name at least one round", list(rounds))
+        for r in rounds:
+            within = 0 <= r <= self.rounds
+            require(within, "attack_rounds", f"must be within 0 and rounds={self.rounds}", r)
+        require(len(set(rounds)) == len(rounds), "attack_rounds", "must differ", list(rounds))
+        batch = self.victim_batch
+        if isinstance(batch, str):
+            require(batch == "same", "victim_batch", "must be a number or same", batch)
+            last = max(rounds) < self.rounds
+            require(last, "attack_rounds", "must be training rounds with victim_batch=same", rounds)
+        else:
+            require(batch >= 1, "victim_batch", "must be at least 1", batch)
+            fits = self.images % batch == 0
+            require(fits, "images", f"must be a multiple of victim_batch={batch}", self.images)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run's configuration as objects; `names` says which option of each group it is."""
+
+    values: Values
+    names: dict[str, str]
+    attack: Any
+    defense: Any
+    threat: Any
+    client: Any
+    data: Any
+    model: Any
+    federation: Any
+
+
+def settings(cfg: DictConfig, choices: dict[str, Any]) -> Settings:
+    """Build every object of a run, or refuse."""
+    names = {group: _name(choices[group]) for group in GROUPS}
+    tops = [str(k) for k in cfg if k not in GROUPS and k != "sweep"]
+    values = _typed(Values, OmegaConf.masked_copy(cfg, tops), "")
+    parts = {group: _part(cfg[group], group) for group in GROUPS}
+    return Settings(values, names, **parts)
+
+
+def presets(group: str, folders: list[Path]) -> dict[str, Any]:
+    """Every option of a group, built with the values of its YAML."""
+    found = {}
+    for folder in folders:
+        for path in sorted((folder / group).glob("*.yaml")):
+            node = OmegaConf.load(path)
+            if isinstance(node, DictConfig) and "_target_" in node:
+                found.setdefault(path.stem, _part(node, group))
+    return found
+
+
+def _name(choice: object) -> str:
+    return "+".join(map(str, choice)) if isinstance(choice, list | tuple) else str(choice)
+
+
+def _part(node: object, group: str):
+    """The object that a group's node describes; several defenses side by side are composed."""
+    if isinstance(node, DictConfig) and "_target_" in node:
+        return _typed(locate(node["_target_"], group), node, group)
+    require(isinstance(node, DictConfig) and len(node) > 0, group, "needs _target_", node)
+    require(group == "defense", group, "takes one option", list(node))
+    from fedsec.defense import Compose
+
+    assert isinstance(node, DictConfig)
+    return Compose(tuple(_part(node[name], f"{group}.{name}") for name in node))
+
+
+def locate(target: str, group: str) -> type:
+    """The class at a dotted path."""
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Refused(f"{group}._target_", f"must name a class ({error})", target) from error
+    require(dataclasses.is_dataclass(found), f"{group}._target_", "must be a dataclass", target)
+    return found
+
+
+def _typed(cls: type, node: DictConfig, group: str):
+    """An instance of `cls` from exactly its fields, each of its declared type."""
+    prefix = f"{group}." if group else ""
+    given = OmegaConf.masked_copy(node, [str(k) for k in node if k != "_target_"])
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in given:
+        known = ", ".join(fields) or "none"
+        require(key in fields, f"{prefix}{key}", f"no such key; there are: {known}", given[key])
+    try:
+        checked = OmegaConf.merge(OmegaConf.structured(cls), given)
+        plain = OmegaConf.to_container(checked, resolve=True, throw_on_missing=True)
+    except (ValidationError, ConfigKeyError, OmegaConfBaseException) as error:
+        key = error.full_key or error.key or ""
+        got = OmegaConf.select(given, str(key)) if key else None
+        raise Refused(f"{prefix}{key}", _rule(error, fields.get(str(key))), got) from error
+    assert isinstance(plain, dict)
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
+    try:
+        return cls(**plain)
+    except Refused as refusal:
+        raise (refusal.under(group) if group else refusal) from refusal
+
+
+def _rule(error: OmegaConfBaseException, field: dataclasses.Field | None) -> str:
+    if field is not None:
+        kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        return f"must be of type {kind}" if kind else "has the wrong type"
+    return str(error.msg or error).splitlines()[0]

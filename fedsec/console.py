@@ -1,0 +1,119 @@
+"""What a run shows in a terminal, and as plain lines in a log. Loads without torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console as Terminal
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fedsec import __version__
+
+LEFT = 12  # width of the first column
+
+
+@dataclass
+class Stage:
+    """One line of work: a bar while it runs, one plain line when it is done."""
+
+    terminal: Terminal
+    title: str
+    name: str
+    total: int
+    unit: str
+    bar: Progress
+    closing: str = ""
+    done: int = 0
+
+    def __post_init__(self):
+        self.task = self.bar.add_task(f"{self.title:<{LEFT}} {self.name}", total=max(1, self.total),
+                                      extra="")  # fmt: skip
+
+    def advance(self, done: int, total: int) -> None:
+        self.done = done
+        self.bar.update(self.task, completed=done, total=max(1, total))
+
+    def within(self, first: int, share: int) -> Callable[[int, int, float], None]:
+        """Progress of a part of the stage, `share` units from `first` on."""
+
+        def progress(step: int, steps: int, loss: float) -> None:
+            done = first + share * step / max(1, steps)
+            self.done = int(done)
+            self.bar.update(self.task, completed=done, extra=f"loss {loss:.4f}")
+
+        return progress
+
+    def close(self, text: str) -> None:
+        self.closing = text
+
+
+class Console:
+    """Prints to `file`; colours and moving bars only where that is a terminal."""
+
+    def __init__(self, file: Any = None):
+        self.terminal = Terminal(file=file or sys.stdout, highlight=False, soft_wrap=True)
+
+    def line(self, left: str, text: str) -> None:
+        self.terminal.print(f"{left:<{LEFT}} {text}", markup=False)
+
+    def banner(self, names: dict[str, str], threat: str, grants: list[str]) -> None:
+        """Printed before torch loads: what was asked for, and what the adversary sees."""
+        chosen = " · ".join(f"{g} {names[g]}" for g in ("attack", "defense", "data", "model"))
+        version = f"fedsec {'.'.join(__version__.split('.')[:2])}"
+        self.line(version, chosen)
+        self.line("threat", f"{threat} grants {', '.join(grants)}")
+        if "labels" not in grants:
+            self.line("", "labels withheld: the attack infers them")
+
+    def plan(self, device: str, torch_version: str, seed: int, work: str, seconds: float) -> None:
+        self.line("device", f"{device}   torch {torch_version}   seed {seed}")
+        self.line("plan", work)
+        self.line("", f"about {_duration(seconds)}")
+        self.terminal.print()
+
+    @contextmanager
+    def stage(self, title: str, name: str, total: int, unit: str) -> Iterator[Stage]:
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit}  {{task.fields[extra]}}"),
+            TimeRemainingColumn(),
+        )
+        bar = Progress(*columns, console=self.terminal, transient=True,
+                       disable=not self.terminal.is_terminal)  # fmt: skip
+        if not self.terminal.is_terminal:
+            self.terminal.print(f"{title:<{LEFT}} {name:<10} started", markup=False)
+        stage = Stage(self.terminal, title, name, total, unit, bar)
+        with bar:
+            yield stage
+        done = f"{stage.total}/{stage.total} {unit}"
+        self.terminal.print(f"{title:<{LEFT}} {name:<10} {done:<16} {stage.closing}", markup=False)
+
+    def result(self, run: Any, why: str) -> None:
+        """The table, the flags, where the files are, and what to try next."""
+        from fedsec import records, report
+
+        self.terminal.print()
+        if run.rows:
+            report.show([run], self.terminal)
+        if why:
+            self.terminal.print(f"\n{why}", markup=False)
+        there = (records.ROWS, records.RUN, records.GRID, records.REPORT)
+        files = "  ".join(f for f in there if (run.folder / f).exists())
+        self.terminal.print(f"\nwrote {run.folder}/   {files}", markup=False)
+        again = f"python -m fedsec.report {run.folder.parent}"
+        self.terminal.print(f"next  {again}         python -m fedsec.run images=64 out=NEW", markup=False)
+
+    def trouble(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(5, round(seconds / 5) * 5)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

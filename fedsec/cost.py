@@ -1,0 +1,223 @@
+"""What an attack or a federation costs: arithmetic, seconds, memory, energy.
+
+Arithmetic is counted, not estimated: matrix products and convolutions, a multiply-add as two
+operations. What is done element by element is left out, as is usual. Costs are in GFLOP, and in
+backprop equivalents: GFLOP over `backprop_gflop` of the same model and batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fedsec.types import Batch
+
+aten = torch.ops.aten
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+
+def _convolution_backward(*args, out_val) -> int:
+    """PyTorch's formula, which counts the weight gradient of a grouped convolution `groups` times.
+
+    vmap turns convolutions with one weight for each lane into grouped ones, so that would count a
+    step over v lanes up to v times too high.
+    """
+    *shared, groups, mask = args
+    count = flop_registry[aten.convolution_backward]
+    inputs = count(*shared, groups, [mask[0], False, False], out_val=out_val)
+    weights = count(*shared, groups, [False, mask[1], False], out_val=out_val)
+    return inputs + weights // groups
+
+
+_FORMULAS: dict = {
+    **flop_registry,
+    aten.convolution_backward: _convolution_backward,
+    # products with a vector, which PyTorch counts as nothing
+    aten.mv: lambda a, x, out_val: 2 * a.numel(),
+    aten.addmv: lambda bias, a, x, out_val, **scales: 2 * a.numel(),
+    aten.dot: lambda x, y, out_val: 2 * x.numel(),
+}
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up operations as they are dispatched, below autograd and vmap.
+
+    PyTorch's FlopCounterMode would do, but for the above, and for the hooks by which it tells
+    modules apart: they make torch.autograd.grad with respect to a model's input fail.
+    """
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None and func is not aten.detach.default:
+            with self:  # a composite operation, as inference mode passes on whole
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.operations += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def flops(fn: Callable[[], object]) -> float:
+    """GFLOP of one call of `fn`, which is run once, eagerly.
+
+    Right under torch.func's vmap and grad and through double backward: v lanes count v times one.
+    A function compiled by torch.compile hides its products: count its eager twin. Counting slows
+    a small model several times, so count one step and multiply.
+    """
+    with _Counter() as counter:
+        fn()
+    return counter.operations / 1e9
+
+
+def backprop_gflop(model: torch.nn.Module, batch: Batch) -> float:
+    """GFLOP of one forward and backward pass: all weight gradients, no gradient of the images.
+
+    The unit of a backprop equivalent. The model is not changed.
+    """
+    weights = {k: p.detach().clone().requires_grad_() for k, p in model.named_parameters()}
+    buffers = {k: b.clone() for k, b in model.named_buffers()}
+
+    def once() -> None:
+        output = functional_call(model, {**weights, **buffers}, (batch.images.detach(),))
+        loss = F.cross_entropy(output, batch.targets)
+        torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+
+    with torch.enable_grad():
+        return flops(once)
+
+
+# ---- seconds, memory, energy --------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """Measures the block that it is the context of: `with Clock(device) as clock: ...`.
+
+    Afterwards, also when the block raised: `seconds` of wall time, the device synchronised at both
+    ends; `peak_mb`, the most memory (in 1e6 bytes) that the block held above what was held at its
+    start, on the GPU for `cuda`, of the whole process for `cpu` (memory that the allocator had kept
+    from before is not seen there); `joules` that the GPU drew, other processes and idling included.
+    What could not be measured is None, with the reason in `reasons` under its name. Clocks may be
+    nested, not overlapped between threads.
+    """
+
+    device: torch.device | str = "cpu"
+    seconds: float = float("nan")
+    peak_mb: float | None = None
+    joules: float | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __enter__(self) -> Clock:
+        device = torch.device(self.device)
+        self._memory = _CudaMemory(device) if device.type == "cuda" else _ProcessMemory()
+        self._meter, reason = _energy_meter(device)
+        if self._meter is None:
+            self.reasons["joules"] = reason
+        _note_peaks()
+        self._held, self._peak = None, 0
+        try:
+            self._memory.reset()
+            self._held = self._memory.held()
+        except (OSError, KeyError) as error:
+            self.reasons["peak_mb"] = f"no peak memory of this process: {error}"
+        _open.append(self)
+        _synchronise(device)
+        self._joules = self._meter() if self._meter else 0.0
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        try:
+            _synchronise(torch.device(self.device))
+        finally:
+            self.seconds = time.perf_counter() - self._start
+            _note_peaks()
+            _open.remove(self)
+        if self._held is not None:
+            self.peak_mb = max(0, self._peak - self._held) / 1e6
+        if self._meter:
+            self.joules = self._meter() - self._joules
+
+
+_open: list[Clock] = []  # clocks that are running, outermost first
+
+
+def _note_peaks() -> None:
+    """Tell every running clock the peak so far, before another one resets it or it is over."""
+    for clock in _open:
+        if clock._held is not None:
+            clock._peak = max(clock._peak, clock._memory.peak())
+
+
+class _ProcessMemory:
+    """Resident memory of this process, in bytes; Linux only."""
+
+    root = Path("/proc/self")
+
+    def held(self) -> int:
+        return self._read("VmRSS")
+
+    def peak(self) -> int:
+        return self._read("VmHWM")
+
+    def reset(self) -> None:
+        (self.root / "clear_refs").write_text("5")  # peak := now, proc_pid_clear_refs(5)
+
+    def _read(self, name: str) -> int:
+        lines = (self.root / "status").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines if ":" in line)
+        return int(fields[name].split()[0]) * 1024
+
+
+class _CudaMemory:
+    """Memory that PyTorch's allocator has handed out on one GPU, in bytes."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def held(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _energy_meter(device: torch.device) -> tuple[Callable[[], float] | None, str]:
+    """Reads the joules drawn by a GPU since its driver was loaded; or None, and why."""
+    if device.type != "cuda":
+        return None, "energy is measured on NVIDIA GPUs only"
+    try:
+        import pynvml
+    except ImportError:
+        return None, "energy needs nvidia-ml-py: pip install 'fedsec[gpu]'"
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid  # NVML numbers GPUs otherwise
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+    except pynvml.NVMLError as error:
+        return None, f"NVML gives no energy: {error}"
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000, ""  # from mJ

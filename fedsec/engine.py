@@ -1,0 +1,367 @@
+"""The loop behind every attack that optimises images until their update matches the observed one.
+
+Lanes = victims x restarts are the leading axis of one tensor and are all stepped together. An
+attack contributes its distance, priors, step rule and schedule; the engine owns the loop: it keeps
+each lane's best iterate by the attack's own objective, retires lanes that are done, stuck or
+non-finite, and talks to the device only to report progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from fedsec.attack import Progress
+from fedsec.cost import flops
+from fedsec.threat import Observation
+from fedsec.types import Local, Reconstruction, Tensors
+
+Distance = Callable[[Tensors, Tensors], Tensor]  # guessed update, observed update -> scalar
+Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar
+Schedule = Callable[[int], float]  # step -> factor on the step length
+EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
+
+
+# ---- the update that a batch would cause --------------------------------------------------------
+
+
+def simulate(
+    model: nn.Module, images: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], local: Local
+) -> Tensors:
+    """The update that a client with this batch would send, differentiable in both arguments.
+
+    One gradient of the mean loss, or weights before - after `local.steps` steps over consecutive
+    chunks of the batch. Works on one lane; `vmap` it for several. The model is not changed.
+    """
+    # detach: parameters belong to the server, images are what is looked for
+    before = {k: p.detach() for k, p in model.named_parameters()}
+
+    def loss(weights: Tensors, x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (x,)), t)
+
+    if local.kind == "gradient":
+        return grad(loss)(before, images, targets)
+    weights = before
+    size = min(local.batch or len(images), len(images))
+    chunks = list(zip(images.split(size), targets.split(size), strict=True))
+    for step in range(local.steps):
+        gradient = grad(loss)(weights, *chunks[step % len(chunks)])
+        weights = {k: w - local.lr * gradient[k] for k, w in weights.items()}
+    return {k: before[k] - weights[k] for k in before}
+
+
+# ---- distances and priors -----------------------------------------------------------------------
+
+
+def cosine(guess: Tensors, observed: Tensors) -> Tensor:
+    """One minus the cosine similarity over all parameters (Geiping et al. 2020, equation 4)."""
+    dot = sum((guess[k] * observed[k]).sum() for k in observed)
+    norm = sum(guess[k].square().sum() for k in observed)
+    target = sum(observed[k].square().sum() for k in observed)
+    return 1 - dot / (norm * target).clamp_min(1e-30).sqrt()  # type: ignore[union-attr]
+
+
+def squared(guess: Tensors, observed: Tensors) -> Tensor:
+    """Sum of squared differences over all parameters (Zhu et al. 2019, equation 4)."""
+    return torch.stack([(guess[k] - observed[k]).square().sum() for k in observed]).sum()
+
+
+def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, down plus across (anisotropic)."""
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
+    across = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
+    return down + across
+
+
+# ---- step rules ---------------------------------------------------------------------------------
+
+State = dict[str, Tensor]  # each tensor has the lanes as its leading axis
+
+
+class StepRule(Protocol):
+    """How a lane moves. Lanes never see each other: every operation is per row."""
+
+    def start(self, x: Float[Tensor, "l d"]) -> State: ...
+
+    def step(
+        self, x: Tensor, gradient: Tensor, state: State, step: int, scale: float
+    ) -> tuple[Tensor, State, Tensor]:
+        """Next point, next state, and which lanes [l] can go no further."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adam:
+    """Adam (Kingma and Ba 2015); `signed` replaces the gradient by its sign first."""
+
+    lr: float
+    signed: bool = False
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def start(self, x: Tensor) -> State:
+        return {"mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
+
+    def step(self, x, gradient, state, step, scale):
+        gradient = gradient.sign() if self.signed else gradient
+        first, second = self.betas
+        mean = state["mean"].lerp(gradient, 1 - first)
+        square = state["square"].lerp(gradient.square(), 1 - second)
+        length = self.lr * scale / (1 - first ** (step + 1))
+        root = (square / (1 - second ** (step + 1))).sqrt() + self.eps
+        stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        return x - length * mean / root, {"mean": mean, "square": square}, stuck
+
+
+@dataclass(frozen=True, kw_only=True)
+class LBFGS:
+    """L-BFGS with a fixed step length and no line search: torch.optim.LBFGS, one lane a row."""
+
+    lr: float = 1.0
+    history: int = 100
+    flat: float = 1e-7  # a gradient whose largest entry is below this has converged
+    downhill: float = 1e-9  # a direction that promises less than this is stuck
+
+    def start(self, x: Tensor) -> State:
+        lanes, width = x.shape
+        return {
+            "moves": x.new_zeros(lanes, 0, width),
+            "turns": x.new_zeros(lanes, 0, width),
+            "weights": x.new_zeros(lanes, 0),
+            "scale": x.new_ones(lanes),
+            "gradient": torch.zeros_like(x),
+            "move": torch.zeros_like(x),
+        }
+
+    def step(self, x, gradient, state, step, scale):
+        state = dict(state)
+        if step > 0:
+            self._remember(state, gradient)
+        direction = self._direction(gradient, state)
+        slope = (gradient * direction).sum(1)
+        size = torch.full_like(slope, self.lr * scale)
+        if step == 0:
+            size = size * (1 / gradient.abs().sum(1)).clamp_max(1.0)
+        stuck = (gradient.abs().amax(1) <= self.flat) | (slope > -self.downhill)
+        move = size[:, None] * direction
+        state |= {"gradient": gradient, "move": move}
+        return x + move, state, stuck
+
+    def _remember(self, state: State, gradient: Tensor) -> None:
+        turn, move = gradient - state["gradient"], state["move"]
+        curvature = (turn * move).sum(1)
+        keep = curvature > 1e-10
+
+        def pushed(kept: Tensor, new: Tensor) -> Tensor:
+            # a lane that keeps nothing shifts nothing: its oldest slot grows an empty one in front
+            longer = torch.cat([kept, new[:, None]], 1)
+            same = torch.cat([torch.zeros_like(new[:, None]), kept], 1)
+            pick = keep.view(-1, *[1] * (kept.dim() - 1))
+            return torch.where(pick, longer, same)[:, -self.history :]
+
+        state["moves"] = pushed(state["moves"], move)
+        state["turns"] = pushed(state["turns"], turn)
+        state["weights"] = pushed(state["weights"], 1 / curvature)
+        fresh = curvature / turn.square().sum(1)
+        state["scale"] = torch.where(keep, fresh, state["scale"])
+
+    def _direction(self, gradient: Tensor, state: State) -> Tensor:
+        """The two-loop recursion; an empty slot has weight zero and changes nothing."""
+        moves, turns, weights = state["moves"], state["turns"], state["weights"]
+        q, alphas = -gradient, []
+        for i in reversed(range(weights.shape[1])):
+            alpha = (moves[:, i] * q).sum(1) * weights[:, i]
+            q = q - alpha[:, None] * turns[:, i]
+            alphas.append(alpha)
+        q = q * state["scale"][:, None]
+        for i, alpha in enumerate(reversed(alphas)):
+            beta = (turns[:, i] * q).sum(1) * weights[:, i]
+            q = q + (alpha - beta)[:, None] * moves[:, i]
+        return q
+
+
+def constant(step: int) -> float:
+    return 1.0
+
+
+def decay(steps: int) -> Schedule:
+    """A tenth of the step length after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)."""
+    return lambda step: 0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7))
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """One attack's way of matching: everything that the loop needs besides the observation."""
+
+    distance: Distance
+    rule: StepRule
+    steps: int
+    schedule: Schedule = constant
+    priors: tuple[tuple[float, Prior], ...] = ()
+    restarts: int = 1
+    boxed: bool = False  # keep pixels in the data range after every step
+    enough: float = 0.0  # an objective at or below this ends the lane
+
+
+def match(
+    seen: Observation,
+    targets: Float[Tensor, "v b k"] | None,
+    search: Search,
+    rngs: Sequence[torch.Generator],
+    progress: Progress,
+) -> Reconstruction:
+    """Images whose simulated update matches the observed one, for every victim of the stack.
+
+    `targets` None means that labels are optimised jointly, as softmax(logits). Pixels are searched
+    in the model's normalised coordinates, where the papers state their step lengths and
+    smoothness weights. Each victim's start is drawn from its own stream, so that the result does
+    not depend on who else is in the stack.
+    """
+    lanes = _Lanes(seen, targets, search)
+    x = lanes.begin(rngs)
+    state = search.rule.start(x)
+    active = torch.arange(len(x), device=x.device)
+    best = torch.full((len(x),), torch.inf, device=x.device, dtype=x.dtype)
+    best_x = x.clone()
+    moves, looks = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.long)
+    done = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # of the active lanes
+    lost = torch.zeros(len(best), dtype=torch.bool, device=x.device)  # of all lanes
+
+    for step in range(search.steps + 1):  # the last look evaluates, and does not move
+        loss, gradient = lanes.objective(x, active)
+        better = loss < best[active]  # false for NaN
+        best[active] = torch.where(better, loss, best[active])
+        best_x[active] = torch.where(better[:, None], x, best_x[active])
+        broken = ~(loss.isfinite() & gradient.isfinite().all(1))
+        lost[active] |= broken
+        done = done | broken | (loss <= search.enough)
+        if step == search.steps:
+            moves[active.cpu()], looks[active.cpu()] = step, step + 1
+            break
+        moved, state, stuck = search.rule.step(x, gradient, state, step, search.schedule(step))
+        done = done | stuck
+        x = torch.where(done[:, None], x, lanes.boxed(moved))
+        if (step + 1) % EVERY == 0:
+            progress(step + 1, search.steps, float(best[best.isfinite()].mean()))
+            if bool(done.any()):
+                moves[active[done].cpu()] = looks[active[done].cpu()] = step + 1
+                keep = ~done
+                x, active, done = x[keep], active[keep], done[keep]
+                state = {k: s[keep] for k, s in state.items()}
+                if len(x) == 0:
+                    break
+    progress(search.steps, search.steps, float(best[best.isfinite()].mean()))
+    return lanes.reconstruction(best, best_x, moves, looks, lost)
+
+
+class _Lanes:
+    """The coordinates of one search: row of a matrix <-> images and labels of a lane."""
+
+    def __init__(self, seen: Observation, targets: Tensor | None, search: Search):
+        update = seen.update if "update" in seen.grants else seen.aggregate
+        self.observed: Tensors = update.tensors
+        self.search, self.model, self.targets = search, seen.model, targets
+        self.local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        self.victims = len(next(iter(self.observed.values())))
+        parameter = next(self.model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.image = (seen.count, *seen.shape)
+        self.pixels = torch.Size(self.image).numel()
+        normalise = getattr(self.model, "normalise", None)
+        mean = normalise.mean if normalise is not None else torch.zeros(1)
+        std = normalise.std if normalise is not None else torch.ones(1)
+        self.mean = mean.to(self.device, self.dtype).reshape(-1, 1, 1)
+        self.std = std.to(self.device, self.dtype).reshape(-1, 1, 1)
+        self.box = None
+        if search.boxed and "data_range" in seen.grants:
+            low, high = seen.data_range
+            self.box = ((low - self.mean) / self.std, (high - self.mean) / self.std)
+        with torch.no_grad():
+            probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
+            self.classes = self.model(probe).shape[1]
+        self._lane = vmap(self._one, randomness="error")
+        self.gflop_step = 0.0
+
+    def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
+        """Standard normal pixels (and label logits): victim v's restarts are rows v*r .. v*r+r-1."""
+        assert len(rngs) == self.victims, "one stream for each victim"
+        width = self.pixels + (0 if self.targets is not None else self.image[0] * self.classes)
+        rows = [
+            torch.randn(width, generator=rng) for rng in rngs for _ in range(self.search.restarts)
+        ]
+        x = torch.stack(rows).to(self.device, self.dtype)
+        self.gflop_step = flops(lambda: self._plain_step(x[:1]))
+        return self.boxed(x)
+
+    def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
+        """Rows -> images in [0, 1] units."""
+        return self._normalised(x) * self.std + self.mean
+
+    def boxed(self, x: Tensor) -> Tensor:
+        if self.box is None:
+            return x
+        pixels = self._normalised(x).clamp(*self.box).flatten(1)
+        return torch.cat([pixels, x[:, self.pixels :]], 1)
+
+    def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Each lane's objective [l] and its gradient [l d]."""
+        x = x.detach().requires_grad_()
+        loss = self._lane(*self._inputs(x, active))
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        return loss.detach(), gradient
+
+    def reconstruction(
+        self, best: Tensor, best_x: Tensor, moves: Tensor, looks: Tensor, lost: Tensor
+    ) -> Reconstruction:
+        """Each victim's best restart by the objective."""
+        shape = (self.victims, self.search.restarts)
+        pick = best.reshape(shape).argmin(1)
+        rows = torch.arange(self.victims, device=pick.device) * shape[1] + pick
+        images = self.images(best_x[rows]).clamp(0, 1)
+        if self.targets is None:
+            labels = self._logits(best_x[rows]).argmax(-1)
+        else:
+            labels = self.targets.argmax(-1)
+        steps = moves.reshape(shape).sum(1)
+        said = lost.reshape(shape).sum(1).tolist()
+        flags = tuple(
+            (f"{n} of {shape[1]} restarts became non-finite",) if n else () for n in said
+        )
+        spent = looks.reshape(shape).sum(1).double() * self.gflop_step
+        return Reconstruction(images, labels, best[rows], steps, spent, flags)
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return x[:, : self.pixels].reshape(-1, *self.image)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return x[:, self.pixels :].reshape(-1, self.image[0], self.classes)
+
+    def _inputs(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensors]:
+        victim = active // self.search.restarts
+        given = self._logits(x) if self.targets is None else self.targets[victim]
+        return self._normalised(x), given, {k: t[victim] for k, t in self.observed.items()}
+
+    def _one(self, pixels: Tensor, given: Tensor, observed: Tensors) -> Tensor:
+        targets = given.softmax(-1) if self.targets is None else given
+        update = simulate(self.model, pixels * self.std + self.mean, targets, self.local)
+        loss = self.search.distance(update, observed)
+        for weight, prior in self.search.priors:
+            loss = loss + weight * prior(pixels)
+        return loss
+
+    def _plain_step(self, x: Tensor) -> None:
+        """The first lane's step without vmap, so that its arithmetic can be counted."""
+        x = x.detach().requires_grad_()
+        pixels, given, observed = self._inputs(x, torch.zeros(1, dtype=torch.long))
+        loss = self._one(pixels[0], given[0], {k: t[0] for k, t in observed.items()})
+        torch.autograd.grad(loss, x)

@@ -1,0 +1,452 @@
+"""One run: a federation with the defense and one without, both attacked, measured and recorded."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsec import cost, match, metrics, records, report
+from fedsec.attack import Attack
+from fedsec.checks import Refused, require
+from fedsec.config import Settings
+from fedsec.console import Console
+from fedsec.data import Dataset
+from fedsec.defense import Compose, Defense, Privacy
+from fedsec.federation import Federated, Job, accuracy, federate, shares, summed
+from fedsec.rng import stream
+from fedsec.threat import ThreatModel, admit
+from fedsec.types import Batch, Exchange, Reconstruction
+
+CONTROL = "none"  # how the undefended control is called
+STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
+AUX = 1000  # public images that the fact `aux` grants
+CANDIDATES = 100  # images in the pool that the fact `candidates` grants
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that was checked and loaded before the first gradient."""
+
+    settings: Settings
+    dataset: Dataset
+    device: str
+    folder: Path
+    config: str  # the composed configuration, as YAML
+    command: str
+    probes: tuple[tuple[int, tuple[int, ...]], ...]  # (client, its victim images)
+    defenses: tuple[tuple[str, Defense], ...]  # the control first
+    estimate: float  # seconds, roughly
+
+
+def plan(
+    settings: Settings, presets: dict[str, ThreatModel], folder: Path, config: str, command: str
+) -> Plan:
+    """Refuse what cannot work, in the order of what it costs to find out."""
+    values, names = settings.values, settings.names
+    attack: Attack = settings.attack
+    admit(names["attack"], attack.needs, settings.threat, presets)
+    device = _device(values.device)
+    records.check_folder(folder)
+    torch.set_num_threads(values.threads)
+    dataset: Dataset = settings.data.load()
+    defenses = _defenses(settings)
+    job = _job(settings, device, (), settings.defense)
+    held = shares(dataset, job.federation, values.clients, values.seed)
+    probes = () if values.victim_batch == "same" else _probes(settings, held)
+    rng = stream(values.seed, "model")
+    model = settings.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+    attack.check(model)
+    for _, defense in defenses:
+        defense.check(model)
+        _encodable(settings, dataset, held, probes, defense)
+    estimate = _estimate(settings, dataset, model, len(defenses))
+    return Plan(
+        settings, dataset, device, folder, config, command, probes, defenses, estimate
+    )
+
+
+def perform(plan: Plan, console: Console) -> int:
+    """Run the plan and write its folder; the exit status: 0 done, 2 failed, 130 interrupted."""
+    writer = records.open_folder(plan.folder)
+    (plan.folder / records.CONFIG).write_text(plan.config)
+    run = _Run(plan, console, writer)
+    status, code, why = "done", 0, ""
+    try:
+        for name, defense in plan.defenses:
+            run.one(name, defense)
+    except KeyboardInterrupt:
+        status, code, why = "interrupted", 130, "interrupted: what was finished is kept"
+    except Exception as error:
+        status, code = "failed", 2
+        why = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        (plan.folder / "error.txt").write_text(traceback.format_exc())
+        console.trouble(traceback.format_exc())
+    writer.finish(run.summary(status, why))
+    run.pictures()
+    done = records.read(plan.folder)
+    report.write([done], plan.folder / records.REPORT)
+    console.result(done, why)
+    return code
+
+
+class _Run:
+    """What accumulates over the defenses of one run."""
+
+    def __init__(self, plan: Plan, console: Console, writer: records.Records):
+        self.plan, self.console, self.writer = plan, console, writer
+        self.settings, self.values = plan.settings, plan.settings.values
+        self.accuracy: dict[str, float] = {}
+        self.privacy: dict[str, Privacy] = {}
+        self.federate_seconds: dict[str, float] = {}
+        self.attack_seconds: dict[str, float] = {}
+        self.rows: list[records.Row] = []
+        self.nulls: list[dict[str, match.Scores]] = []
+        self.shown: dict[str, list[tuple[Tensor, Tensor, str]]] = {}  # truth, guess, caption
+
+    def one(self, name: str, defense: Defense) -> None:
+        """Federate with one defense, measure its utility, attack it, write its rows."""
+        plan = self.plan
+        job = _job(self.settings, plan.device, plan.probes, defense)
+        with self.console.stage("federate", name, self.values.rounds, "rounds") as stage:
+            with cost.Clock(plan.device) as clock:
+                federated = federate(job, plan.dataset, stage.advance)
+            self.federate_seconds[name] = clock.seconds
+            self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
+            self.privacy[name] = _privacy(defense, federated)
+            stage.close(
+                f"{clock.seconds:.1f} s   accuracy {100 * self.accuracy[name]:.1f} %"
+                + _epsilon(self.privacy[name])
+            )
+        stacks = list(self._stacks(federated.exchanges))
+        total = sum(len(e.batch) for stack in stacks for e in stack)
+        self.attack_seconds[name] = 0.0
+        victim = 0
+        with self.console.stage("attack", name, total, "images") as stage:
+            for stack in stacks:
+                images = sum(len(e.batch) for e in stack)
+                attack = self._attack(name, stack, victim, stage.within(victim, images))
+                self.attack_seconds[name] += attack.clock.seconds
+                self._record(name, attack, victim)
+                victim += images
+            seconds = self.attack_seconds[name] / max(1, total)
+            psnr = [r.psnr for r in self.rows if r.defense == name and r.psnr is not None]
+            mean = sum(psnr) / len(psnr) if psnr else math.nan
+            stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
+
+    def _stacks(self, exchanges: list[Exchange]) -> Iterator[list[Exchange]]:
+        """Victims that can be attacked together: one model, one batch size, at most `stack`."""
+        threat: ThreatModel = self.settings.threat
+        wanted = self.values.images
+        for round in self.values.attack_rounds:
+            here = [e for e in exchanges if e.round == round]
+            if threat.sums_only:
+                here = summed(here, self.values.clients)
+            taken, kept = 0, []
+            for e in here:  # victim_batch=same: whole updates until the images are reached
+                if taken < wanted:
+                    kept.append(e)
+                    taken += len(e.batch)
+            for size in sorted({len(e.batch) for e in kept}):
+                same = [e for e in kept if len(e.batch) == size]
+                for i in range(0, len(same), self.values.stack):
+                    yield [self._informed(e) for e in same[i : i + self.values.stack]]
+
+    def _informed(self, exchange: Exchange) -> Exchange:
+        """The exchange with the public images that its threat model grants."""
+        from dataclasses import replace
+
+        grants, dataset = self.settings.threat.grants, self.plan.dataset
+        if "aux" in grants:  # the test split is public; utility is measured on it all the same
+            rng = stream(self.values.seed, "aux")
+            some = torch.randperm(len(dataset.test), generator=rng)[:AUX]
+            exchange = replace(exchange, aux=dataset.test.batch(some, dataset.classes))
+        if "candidates" in grants:
+            private = exchange.batch.index
+            rng = stream(self.values.seed, "candidates", exchange.round, *private)
+            order = torch.randperm(len(dataset.train), generator=rng)
+            decoys = order[~torch.isin(order, torch.tensor(private))]
+            pool = torch.cat([torch.tensor(private), decoys[: CANDIDATES - len(private)]])
+            pool = pool[torch.randperm(len(pool), generator=rng)]
+            pooled = dataset.train.batch(pool, dataset.classes).to(self.plan.device)
+            exchange = replace(exchange, candidates=pooled)
+        return exchange
+
+    def _attack(
+        self, name: str, stack: list[Exchange], first: int, progress: Callable[..., None]
+    ) -> _Attacked:
+        seed, round = self.values.seed, stack[0].round
+        rngs = [stream(seed, "attack", round, *e.batch.index) for e in stack]
+        with cost.Clock(self.plan.device) as clock:
+            observation = self.settings.threat.observe(stack)
+            found = self.settings.attack(observation, rngs, progress)
+        return _Attacked(stack, found, clock)
+
+    def _record(self, name: str, attack: _Attacked, first: int) -> None:
+        """Match, measure and write the rows of one stack."""
+        rows = []
+        plan, settings, values = self.plan, self.settings, self.values
+        flaws = metrics.unmeasurable(plan.dataset.shape)
+        rng = stream(values.seed, "strangers")
+        some = torch.randperm(len(plan.dataset.train), generator=rng)[:STRANGERS]
+        strangers = plan.dataset.train.batch(some, plan.dataset.classes).images
+        unit = cost.backprop_gflop(attack.stack[0].model, attack.stack[0].trained)
+        seconds = attack.clock.seconds / sum(len(e.batch) for e in attack.stack)
+        for v, exchange in enumerate(attack.stack):
+            truth = exchange.batch.images.cpu()
+            guess = attack.found.images[v].detach().cpu().float()
+            scores = match.score(guess, truth)
+            rng = stream(values.seed, "nulls", exchange.round, *exchange.batch.index)
+            nulls = match.nulls(truth, plan.dataset.mean_image, strangers, rng)
+            if name == plan.defenses[0][0]:
+                self.nulls.append(nulls)
+            null, null_psnr = match.best_null(nulls)
+            said = match_labels(attack.found.labels[v].tolist(), exchange.batch.labels.tolist())
+            flags = [f"{k}: {why}" for k, why in (flaws | attack.clock.reasons).items()
+                     if k != "joules"]  # fmt: skip
+            flags += list(attack.found.flags[v]) if attack.found.flags else []
+            loss = float(attack.found.loss[v])
+            gflop = float(attack.found.gflop[v])
+            for i, index in enumerate(exchange.batch.index):
+                rows.append(
+                    records.Row(
+                        run=plan.folder.name,
+                        attack=settings.names["attack"],
+                        defense=name,
+                        threat=settings.names["threat"],
+                        client=settings.names["client"],
+                        data=settings.names["data"],
+                        model=settings.names["model"],
+                        seed=values.seed,
+                        round=exchange.round,
+                        mode=exchange.mode,
+                        victim=first,
+                        image=index,
+                        batch=len(exchange.batch),
+                        psnr=float(scores.psnr[i]),
+                        ssim=float(scores.ssim[i]),
+                        mse=float(scores.mse[i]),
+                        lpips=float(scores.lpips[i]),
+                        null=null,
+                        null_psnr=float(null_psnr[i]),
+                        label_true=int(exchange.batch.labels[i]),
+                        label_pred=said[i],
+                        label_ok=said[i] == int(exchange.batch.labels[i]),
+                        loss=loss,
+                        steps=int(attack.found.steps[v]),
+                        seconds=seconds,
+                        gflop=gflop / len(exchange.batch),
+                        backprops=gflop / unit,
+                        peak_mb=attack.clock.peak_mb,
+                        flags=tuple(flags),
+                    )
+                )
+                first += 1
+                guessed = guess[scores.match[i]] if scores.match[i] >= 0 else torch.zeros_like(
+                    truth[i])  # fmt: skip
+                self.shown.setdefault(name, []).append(
+                    (truth[i], guessed, f"{float(scores.psnr[i]):.1f} dB")
+                )
+        self.writer.append(rows)
+        self.rows += rows
+
+    def pictures(self) -> None:
+        """grid.png: the originals over a row for each defense."""
+        if not self.shown:
+            return
+        originals = next(iter(self.shown.values()))
+        groups = [
+            (f"{self.settings.names['attack']}, {name}",
+             torch.stack([guess for _, guess, _ in shown]).numpy(),
+             [caption for _, _, caption in shown])
+            for name, shown in self.shown.items()
+        ]  # fmt: skip
+        truth = torch.stack([t for t, _, _ in originals]).numpy()
+        report.grid(self.plan.folder / records.GRID, truth, groups)
+
+    def summary(self, status: str, why: str) -> dict[str, Any]:
+        """What run.json holds; the defense's numbers, with the control's beside them."""
+        settings, values = self.settings, self.values
+        name = settings.names["defense"]
+        rows = [r for r in self.rows if r.defense == name]
+        flags = [why] if why else []
+        own, control = self.accuracy.get(name), self.accuracy.get(CONTROL)
+        if control is None and status == "done":
+            flags.append("control_accuracy, accuracy_loss: control=false, so no control was run")
+        privacy = self.privacy.get(name, Privacy(None, None, None, reason="the run ended before"))
+        if privacy.epsilon is None:
+            flags.append(f"epsilon, delta, accountant: {privacy.reason}")
+        nulls = match.join(self.nulls) if self.nulls else {}
+        attacked = self.attack_seconds.get(name)
+        return {
+            "status": status,
+            "utility": {
+                "accuracy": own,
+                "control_accuracy": control,
+                "accuracy_loss": None if own is None or control is None else control - own,
+            },
+            "privacy": {
+                "epsilon": privacy.epsilon,
+                "delta": privacy.delta,
+                "accountant": privacy.accountant,
+                "others": dict(privacy.others),
+            },
+            "cost": {
+                "federate_seconds": self.federate_seconds.get(name),
+                "control_federate_seconds": self.federate_seconds.get(CONTROL),
+                "attack_seconds": attacked,
+                "seconds_per_image": _mean([r.seconds for r in rows]),
+                "gflop_per_image": _mean([r.gflop for r in rows]),
+                "backprops_per_image": _mean([r.backprops for r in rows]),
+                "peak_mb": max((r.peak_mb for r in rows if r.peak_mb is not None), default=None),
+                "device": _device_name(self.plan.device, values.threads),
+            },
+            "nulls": {null: float(s.psnr.mean()) for null, s in nulls.items()},
+            "grants": sorted(settings.threat.grants),
+            "flags": flags,
+            "commit": records.commit(),
+            "versions": records.versions(),
+            "command": self.plan.command,
+            "choices": settings.names,
+            "lpips": metrics.LPIPS_NAME,
+        }
+
+
+@dataclass(frozen=True)
+class _Attacked:
+    stack: list[Exchange]
+    found: Reconstruction
+    clock: cost.Clock
+
+
+def match_labels(said: list[int], true: list[int]) -> list[int | None]:
+    """For each original the recovered label that it is held against, one to one.
+
+    An update says nothing of the order of its labels: equal ones meet first, the rest in order.
+    -1, no belief, becomes None.
+    """
+    rest = list(said)
+    held: list[int | None] = []
+    for label in true:
+        hit = label in rest
+        held.append(label if hit else None)
+        if hit:
+            rest.remove(label)
+    spare = iter(rest)
+    held = [next(spare, None) if label is None else label for label in held]
+    return [None if label == -1 else label for label in held]
+
+
+def _device(wanted: str) -> str:
+    there = torch.cuda.is_available()
+    require(wanted != "cuda" or there, "device", "no GPU that torch can use; take device=cpu",
+            wanted)  # fmt: skip
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def _device_name(device: str, threads: int) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _defenses(settings: Settings) -> tuple[tuple[str, Defense], ...]:
+    name, defense = settings.names["defense"], settings.defense
+    if name == CONTROL or not settings.values.control:
+        return ((name, defense),)
+    return ((CONTROL, Compose(())), (name, defense))
+
+
+def _job(settings: Settings, device: str, probes: tuple, defense: Defense) -> Job:
+    values = settings.values
+    return Job(
+        dataset=settings.data,
+        model=settings.model,
+        client=settings.client,
+        federation=settings.federation,
+        defense=defense,
+        clients=values.clients,
+        rounds=values.rounds,
+        seed=values.seed,
+        device=device,
+        attack_rounds=tuple(values.attack_rounds),
+        probes=probes,
+        keep_training=values.victim_batch == "same",
+    )
+
+
+def _probes(settings: Settings, held: list[Tensor]) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Victim images, dealt to the clients in turn; each from its client's own data, once."""
+    values = settings.values
+    assert isinstance(values.victim_batch, int)
+    size, clients = values.victim_batch, values.clients
+    updates = values.images // size
+    if settings.threat.sums_only:
+        whole = values.images % (size * clients) == 0
+        rule = f"must be a multiple of clients x victim_batch = {size * clients} where only sums show"
+        require(whole, "images", rule, values.images)
+    orders = [h[torch.randperm(len(h), generator=stream(values.seed, "victims", c))].tolist()
+              for c, h in enumerate(held)]  # fmt: skip
+    probes = []
+    for u in range(updates):
+        turn, client = divmod(u, clients)
+        chosen = orders[client][turn * size : (turn + 1) * size]
+        if len(chosen) < size:
+            most = sum(len(h) // size for h in held) * size
+            raise Refused("images", f"the clients hold {most} in batches of {size}", values.images)
+        probes.append((client, tuple(chosen)))
+    return tuple(probes)
+
+
+def _encodable(settings: Settings, dataset: Dataset, held, probes, defense: Defense) -> None:
+    """Refuse batches that a mixing defense cannot encode, the smallest first."""
+    sizes = [min(settings.client.batch, min(len(h) for h in held))]
+    if probes:
+        sizes.append(min(len(indices) for _, indices in probes))
+    for size in sorted(sizes):
+        batch = dataset.train.batch(held[0][:size], dataset.classes)
+        defense.batch(batch, stream(0, "trial"))
+
+
+def _estimate(settings: Settings, dataset: Dataset, model: nn.Module, defenses: int) -> float:
+    """Seconds that the run may take, from one timed gradient: right to a factor of two."""
+    from fedsec.client import mean_gradient
+
+    values, size = settings.values, settings.client.batch
+    batch = dataset.train.batch(torch.arange(min(size, len(dataset.train))), dataset.classes)
+    one = Batch(batch.images[:1], batch.targets[:1])
+    seconds = []
+    for some in (batch, one):
+        mean_gradient(model, some)
+        with cost.Clock() as clock:
+            mean_gradient(model, some)
+        seconds.append(clock.seconds)
+    training = values.rounds * values.clients * settings.client.local.steps * seconds[0]
+    attacks = values.images * len(values.attack_rounds) * settings.attack.evaluations
+    return defenses * (training + 3.5 * attacks * seconds[1] / min(4, values.images))
+
+
+def _privacy(defense: Defense, federated: Federated) -> Privacy:
+    """The guarantee of the client that is worst off."""
+    claims = [c for c in (defense.privacy(t) for t in federated.training) if c is not None]
+    if not claims:
+        return Privacy(None, None, None, reason="the defense makes no formal claim")
+    unbounded = [c for c in claims if c.epsilon is None]
+    return unbounded[0] if unbounded else max(claims, key=lambda c: c.epsilon or 0.0)
+
+
+def _epsilon(privacy: Privacy) -> str:
+    if privacy.epsilon is None:
+        return ""
+    return f"   epsilon {privacy.epsilon:.2f} at delta {privacy.delta:g} ({privacy.accountant})"
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,323 @@
+"""A federated training run whose chosen rounds are kept for attack.
+
+Flower runs it (`fedsec.flower`). Only the harness is here: what a run consists of, how the private
+side of a kept exchange is rebuilt from the seed (it never travels), and what comes out.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsec.checks import Refused, require
+from fedsec.client import (
+    FedAvg,
+    Gradient,
+    Streams,
+    buffers,
+    client_streams,
+    draw,
+    encode,
+    joined,
+    local_update,
+    mean_update,
+    parameters,
+    schedule,
+)
+from fedsec.defense import Defense, Training
+from fedsec.rng import stream
+from fedsec.types import Batch, Exchange, Local, Tensors, Update
+
+# Flower's strategies by our name: its class, and the settings in which we leave its defaults.
+STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedavg": ("FedAvg", {}),
+    "fedavgm": ("FedAvgM", {"server_momentum": 0.9}),  # Flower's 0.0 is FedAvg
+    "fedadagrad": ("FedAdagrad", {"eta": 1e-2}),  # Flower's 0.1 moves weights by 0.1 a round
+    "fedadam": ("FedAdam", {"eta": 1e-2}),
+    "fedyogi": ("FedYogi", {"eta": 1e-2}),
+    "fedmedian": ("FedMedian", {}),
+    "fedtrimmedavg": ("FedTrimmedAvg", {"beta": 0.25}),  # one of four clients at each end
+    "krum": ("Krum", {"num_malicious_nodes": 0}),
+}
+ENGINES = ("inline", "ray")
+SPLITS = ("iid", "dirichlet", "shards")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """How the clients run, how the server combines them, and who holds which data."""
+
+    engine: str  # "inline": in this process; "ray": Flower's simulation engine
+    strategy: str  # a key of STRATEGIES
+    split: str  # of the training data over clients: "iid", "dirichlet" or "shards"
+    alpha: float  # concentration of split=dirichlet, > 0; small is uneven
+    shards: int  # shards of one class that each client holds with split=shards, >= 1
+
+    def __post_init__(self):
+        for key, known in (("engine", ENGINES), ("strategy", STRATEGIES), ("split", SPLITS)):
+            got = getattr(self, key)
+            require(got in known, key, f"must be among {', '.join(known)}", got)
+        require(self.alpha > 0, "alpha", "must be above 0", self.alpha)
+        require(self.shards >= 1, "shards", "must be at least 1", self.shards)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a federation needs, without the data: it is pickled to Ray's workers."""
+
+    dataset: Any  # a spec of fedsec.data: `load()`
+    model: Any  # a spec of fedsec.models: `build(shape, classes, mean, std, rng)`
+    client: Gradient | FedAvg
+    federation: Federation
+    defense: Defense
+    clients: int
+    rounds: int
+    seed: int
+    device: str = "cpu"
+    attack_rounds: tuple[int, ...] = ()  # from 0; `rounds` itself attacks the final model
+    probes: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (client, indices of its victim images)
+    keep_training: bool = False  # attack the training exchanges themselves instead of probes
+
+
+@dataclass(frozen=True)
+class Federated:
+    """What a federation leaves behind."""
+
+    exchanges: list[Exchange]  # of all attack rounds, in order: probes, or training exchanges
+    model: nn.Module  # after the last round, in the declared mode
+    seconds: float  # wall time of the federation
+    training: list[Training]  # what each client's guarantee depends on
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """What travelled in one attack round."""
+
+    round: int
+    sent: Tensors  # parameters and buffers, as the server sent them
+    training: list[Update]  # of each client
+    probes: list[Update]  # one for each of the job's probes
+
+
+class ClientFailed(RuntimeError):
+    """A client raised an error or sent nothing; its own traceback is in the text."""
+
+    def __init__(self, client: int | None, round: int | None, reason: str):
+        who = "a client" if client is None else f"client {client}"
+        where = f"{who} failed" + ("" if round is None else f" in round {round}")
+        super().__init__(f"{where}\n{reason}")
+        self.client, self.round, self.reason = client, round, reason
+
+
+@dataclass(frozen=True)
+class Work:
+    """One update's worth of private work."""
+
+    batches: list[Batch]  # one for each local step, on the job's device
+    rngs: Streams
+    expected: int  # images that the sampling aims at in one step
+
+    def joined(self, batches: list[Batch], count: int | None) -> Batch:
+        whole = joined(batches)
+        return Batch(whole.images[:count], whole.targets[:count], whole.index[:count])
+
+
+class Site:
+    """What the clients of one process share: the data, who holds what, and one model to load."""
+
+    def __init__(self, job: Job, dataset: Any):
+        self.job, self.dataset = job, dataset
+        self.shares = shares(dataset, job.federation, job.clients, job.seed)
+        rng = stream(job.seed, "model")
+        built = job.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+        self.model: nn.Module = built.to(job.device)
+
+    def work(self, client: int, round: int, probe: int | None) -> Work:
+        """What `client` does in `round`: its training, or one of the job's probes."""
+        job = self.job
+        if probe is None:
+            held = self.shares[client]
+            steps = draw(job.client, held, round, client, job.seed, job.defense)
+            rngs = client_streams(job.seed, client, round, "train")
+            expected = min(job.client.batch, len(held))
+        else:
+            indices = torch.tensor(job.probes[probe][1])
+            steps = [indices[i] for i in schedule(len(indices), job.client.local)]
+            rngs = client_streams(job.seed, client, round, "probe", *indices.tolist())
+            expected = len(steps[0])
+        train, classes = self.dataset.train, self.dataset.classes
+        return Work([train.batch(i, classes).to(job.device) for i in steps], rngs, expected)
+
+    def local(self, work: Work) -> Local:
+        return replace(self.job.client.local, batch=work.expected)
+
+    def update(self, sent: Tensors, client: int, round: int, probe: int | None) -> Update:
+        """The client's update on the model that the server `sent`."""
+        load(self.model, sent)
+        work = self.work(client, round, probe)
+        update, _ = local_update(
+            self.model, work.batches, self.job.defense, self.local(work), work.rngs, work.expected
+        )
+        return update
+
+
+def state(model: nn.Module) -> Tensors:
+    """What the server sends: the trainable parameters and the running statistics, copied."""
+    return {k: t.detach().clone() for k, t in (parameters(model) | buffers(model)).items()}
+
+
+def load(model: nn.Module, sent: Tensors) -> None:
+    """Write `sent` into the model, in place."""
+    with torch.no_grad():
+        for name, tensor in (parameters(model) | buffers(model)).items():
+            tensor.copy_(sent[name])
+
+
+def shares(dataset: Any, federation: Federation, clients: int, seed: int) -> list[Tensor]:
+    """The positions in the training split that each client holds."""
+    from fedsec.data import partition
+
+    rng = stream(seed, "partition")
+    how = federation.split, federation.alpha, federation.shards
+    try:
+        return partition(dataset.train.labels, clients, *how, rng)
+    except Refused as wrong:
+        raise wrong if wrong.key == "clients" else wrong.under("federation") from None
+
+
+def federate(job: Job, dataset: Any, progress: Callable[[int, int], None]) -> Federated:
+    """Train for `job.rounds` rounds and keep what travels in the attack rounds.
+
+    `progress` hears (rounds done, rounds). Raises Refused before anything is computed, and
+    ClientFailed, with the client's traceback, as soon as one client fails.
+    """
+    from fedsec.flower import run
+
+    _check(job)
+    start = time.perf_counter()
+    site = Site(job, dataset)
+    job.defense.check(site.model)
+    final, taps = run(job, site, progress)
+    if job.device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    model = copy.deepcopy(site.model)
+    load(model, final)
+    # The final model is attacked on one more update of every client, which changes nothing else.
+    updates = job.rounds + (job.rounds in job.attack_rounds)
+    training = [
+        Training(updates * job.client.local.steps, len(s), min(job.client.batch, len(s)))
+        for s in site.shares
+    ]
+    return Federated(_exchanges(site, taps), model, seconds, training)
+
+
+def _check(job: Job) -> None:
+    require(job.clients >= 1, "clients", "must be at least 1", job.clients)
+    require(job.rounds >= 0, "rounds", "must be at least 0", job.rounds)
+    for r in job.attack_rounds:
+        rule = f"must be between 0 and rounds = {job.rounds}"
+        require(0 <= r <= job.rounds, "attack_rounds", rule, r)
+    local = job.client.local
+    most = local.steps * local.batch
+    for client, indices in job.probes:
+        if not 0 <= client < job.clients:
+            raise Refused("probes", f"must name one of the {job.clients} clients", client)
+        require(len(indices) > 0, "victim_batch", "must be at least 1", 0)
+        if local.kind == "fedavg" and len(indices) > most:
+            rule = f"must be at most client.steps x client.batch = {most}, so that all are used"
+            raise Refused("victim_batch", rule, len(indices))
+
+
+def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
+    """The tapped updates with the private side that the seed rebuilds."""
+    job, exchanges = site.job, []
+    earlier: dict[tuple[int, int | None], tuple[Update, ...]] = {}
+    for tap in taps:
+        model = copy.deepcopy(site.model)
+        load(model, tap.sent)
+        attacked: list[tuple[int, int | None, Update]] = (
+            [(client, None, update) for client, update in enumerate(tap.training)]
+            if job.keep_training
+            else [(job.probes[i][0], i, update) for i, update in enumerate(tap.probes)]
+        )
+        for client, probe, update in attacked:
+            # In the round's sum, a probe stands in for its client's training update.
+            summands = [update if c == client else u for c, u in enumerate(tap.training)]
+            history = earlier.get((client, probe), ())
+            earlier[client, probe] = (*history, update)
+            exchange = _exchange(site, tap.round, model, client, probe, update)
+            if len(exchange.batch):  # a Poisson draw may be empty: nothing to reconstruct
+                aggregate = mean_update(summands)
+                exchanges.append(replace(exchange, aggregate=aggregate, history=history))
+    return exchanges
+
+
+def summed(exchanges: list[Exchange], clients: int) -> list[Exchange]:
+    """One exchange for each sum over `clients` clients of one round: what secure aggregation shows.
+
+    Probes are dealt to the clients in turn, so that consecutive ones make up a sum; training
+    exchanges of a round make up one. Their images are joined in that order.
+    """
+    sums = []
+    for start in range(0, len(exchanges), clients):
+        some = exchanges[start : start + clients]
+        total = mean_update([e.update for e in some])
+        sums.append(
+            replace(
+                some[0],
+                clients=tuple(c for e in some for c in e.clients),
+                update=total,
+                aggregate=total,
+                batch=joined([e.batch for e in some]),
+                trained=joined([e.trained for e in some]),
+                norm_stats=(),
+                history=(),
+            )
+        )
+    return sums
+
+
+def _exchange(
+    site: Site, round: int, model: nn.Module, client: int, probe: int | None, update: Update
+) -> Exchange:
+    from fedsec.models import norm_stats
+
+    job = site.job
+    work = site.work(client, round, probe)
+    # Local steps cycle over a probe's images; its first pass shows each of them once.
+    count = None if probe is None else len(job.probes[probe][1])
+    trained = work.joined(encode(work.batches, job.defense, work.rngs), count)
+    with torch.no_grad():
+        stats = norm_stats(model, trained.images) if len(trained) else ()
+    return Exchange(
+        round=round,
+        clients=(client,),
+        model=model,
+        mode="train" if model.training else "eval",
+        update=update,
+        batch=work.joined(work.batches, count),
+        trained=trained,
+        local=site.local(work),
+        defense=job.defense,
+        norm_stats=stats,
+    )
+
+
+def accuracy(model: nn.Module, split: Any, device: str, batch: int = 512) -> float:
+    """The share of a fedsec.data split that `model` classifies right, in eval mode: 0 to 1."""
+    mode, classes = model.training, int(split.labels.max()) + 1
+    model.eval()
+    right = 0
+    with torch.inference_mode():
+        for indices in torch.arange(len(split)).split(batch):
+            some = split.batch(indices, classes).to(device)
+            right += int((model(some.images).argmax(1) == some.labels).sum())
+    model.train(mode)
+    return right / len(split)

@@ -1,0 +1,341 @@
+"""What a run leaves behind: one row for each attacked image, and one object for the whole run.
+
+OUT/records.jsonl grows while the run goes on. OUT/run.json is written last and atomically: where
+it is present, nothing more will come. A missing value is null and its reason is a flag that starts
+with the field's name (`"lpips: VGG's features are not on this machine"`), never 0 and never NaN.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fedsec.checks import Refused, require
+
+ROWS, RUN, CONFIG, GRID, REPORT = (
+    "records.jsonl",
+    "run.json",
+    "config.yaml",
+    "grid.png",
+    "report.html",
+)
+STATUS = ("done", "failed", "interrupted")
+
+# What run.json always holds, and the fields of its groups. More may be added.
+CONTRACT: dict[str, tuple[str, ...]] = {
+    "status": (),
+    "utility": ("accuracy", "control_accuracy", "accuracy_loss"),  # shares in [0, 1]
+    "privacy": ("epsilon", "delta", "accountant"),
+    "cost": (
+        "federate_seconds",
+        "attack_seconds",
+        "seconds_per_image",
+        "gflop_per_image",
+        "backprops_per_image",
+        "peak_mb",
+        "device",
+    ),
+    "nulls": (),  # by name: mean PSNR over the attacked images
+    "grants": (),  # names of fedsec.threat.FACTS
+    "flags": (),
+    "commit": (),
+    "versions": (),
+    "command": (),
+}
+
+
+class NotSaved(Exception):
+    """The disk did not take what the run wanted to write; what was written before is intact."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One victim image under one attack and one defense."""
+
+    run: str
+    attack: str
+    defense: str  # "none" is the control
+    threat: str
+    client: str
+    data: str
+    model: str
+    seed: int
+    round: int  # server rounds that the attacked model had seen
+    victim: int  # running number of the attacked image in the run
+    image: int  # index in the data set's split
+    batch: int  # images behind the attacked update
+    psnr: float | None = None  # dB, at most 80; higher = more leaked
+    ssim: float | None = None  # higher = more leaked
+    mse: float | None = None  # lower = more leaked
+    lpips: float | None = None  # lower = more leaked
+    null_psnr: float | None = None  # dB, of the best null baseline on this image
+    label_true: int | None = None
+    label_pred: int | None = None
+    label_ok: bool | None = None
+    loss: float | None = None  # the attack's own objective
+    steps: int | None = None
+    seconds: float | None = None
+    gflop: float | None = None
+    backprops: float | None = None  # forward and backward passes that cost as much
+    peak_mb: float | None = None
+    flags: tuple[str, ...] = ()
+    null: str | None = None  # which baseline was the best null
+    mode: str | None = None  # how BatchNorm behaved in the victim's step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder as read. `run` is None while it is under way, or after it was killed."""
+
+    folder: Path
+    run: dict | None
+    rows: tuple[Row, ...]
+    truncated: bool  # the last line was cut off in mid-write and is left out
+
+    @property
+    def status(self) -> str:
+        return "unfinished" if self.run is None else str(self.run.get("status", "unfinished"))
+
+    @property
+    def whole(self) -> bool:
+        return self.status == "done"
+
+
+@dataclass(frozen=True)
+class Records:
+    """The folder that a run writes to."""
+
+    folder: Path
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Add rows to records.jsonl, all or none of them. Raises NotSaved."""
+        text = "".join(json.dumps(_row(r), allow_nan=False) + "\n" for r in rows)
+        path = self.folder / ROWS
+        try:
+            with open(path, "ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    _write(file, text.encode())
+                except OSError:
+                    os.truncate(path, before)
+                    raise
+        except OSError as error:
+            raise _not_saved(path, error) from error
+
+    def finish(self, run: Mapping[str, object]) -> None:
+        """Write run.json, whole or not at all. Raises NotSaved."""
+        assert run.get("status") in STATUS, run.get("status")
+        text = json.dumps(_filled(run), indent=2, allow_nan=False) + "\n"
+        path = self.folder / RUN
+        half = path.with_suffix(".tmp")
+        try:
+            with open(half, "wb", buffering=0) as file:
+                _write(file, text.encode())
+            os.replace(half, path)
+            _sync_folder(self.folder)
+        except OSError as error:
+            half.unlink(missing_ok=True)
+            raise _not_saved(path, error) from error
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a result folder that holds something or cannot be written. Creates nothing."""
+    try:
+        free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+    except OSError:
+        raise Refused("out", "must be writable", path) from None
+    require(free, "out", "must be empty or new", path)
+    at = next(p for p in (path, *path.absolute().parents) if p.exists())
+    require(at.is_dir() and os.access(at, os.W_OK | os.X_OK), "out", "must be writable", path)
+
+
+def open_folder(path: str | Path) -> Records:
+    """Create the result folder. Refuses what `check_folder` refuses, and then leaves nothing."""
+    path = Path(path)
+    check_folder(path)
+    made = [p for p in (path, *path.absolute().parents) if not p.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        for folder in made:
+            if folder.is_dir():
+                folder.rmdir()
+        raise Refused("out", "must be writable", path) from None
+    return Records(path)
+
+
+def default_folder(base: str | Path, attack: str, defense: str, seed: int, date: str) -> Path:
+    """BASE/DATE/ATTACK-DEFENSE-SEED, or the first free one of ...-2, ...-3. `date` is ISO."""
+    name = re.sub(r"[^\w.+-]+", "_", f"{attack}-{defense}-{seed}")
+    first = Path(base) / date / name
+    folder, count = first, 1
+    while folder.exists():
+        count += 1
+        folder = first.with_name(f"{name}-{count}")
+    return folder
+
+
+def find(folders: Sequence[str | Path]) -> list[Path]:
+    """All run folders at or below `folders`, each once, in the order given and then by name."""
+    found: dict[Path, None] = {}
+    for folder in map(Path, folders):
+        require(folder.is_dir(), "folder", "must exist", folder)
+        inside = {p.parent for name in (ROWS, RUN) for p in folder.rglob(name)}
+        require(bool(inside), "folder", f"must hold a run ({ROWS}), itself or below", folder)
+        found |= dict.fromkeys(sorted(inside))
+    return list(found)
+
+
+def read(folder: str | Path) -> Run:
+    """Read a run folder, also one whose run still goes on or was killed.
+
+    A last line without its end is left out, and said so. Anything else that is not JSON is refused.
+    """
+    folder = Path(folder)
+    run = None
+    if (folder / RUN).exists():
+        run = _json((folder / RUN).read_bytes(), folder / RUN)
+    text = (folder / ROWS).read_bytes() if (folder / ROWS).exists() else b""
+    *lines, rest = text.split(b"\n")
+    rows = [
+        _parsed(line, f"{folder / ROWS}:{number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    return Run(folder, run, tuple(rows), truncated=bool(rest))
+
+
+def commit() -> str | None:
+    """The short hash of the checkout that runs, with "-dirty" after local changes, or None."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed somewhere below another project's checkout
+        return git("describe", "--always", "--dirty", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the numbers, read without importing any of it."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("fedsec", "torch", "flwr", "opacus", "lpips", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+_MEASURED = tuple(f.name for f in fields(Row) if f.default is None and f.name != "null")
+_WHY = {"commit": "fedsec does not run from a checkout"}
+_REQUIRED = tuple(f.name for f in fields(Row) if f.default is MISSING)
+
+
+def _row(row: Row) -> dict:
+    flags = list(row.flags)
+    values = {name: _plain(value, name, flags) for name, value in asdict(row).items()}
+    for name in _MEASURED:
+        _explain(values[name], name, flags)
+    return values | {"flags": flags}
+
+
+def _filled(run: Mapping[str, object]) -> dict:
+    """`run` with every field of the contract; what is missing is null, with a flag."""
+    flags = [str(flag) for flag in _listed(run.get("flags"))]
+    values: dict[str, Any] = {key: _plain(value, key, flags) for key, value in run.items()}
+    for key, inner in CONTRACT.items():
+        if inner:
+            values[key] = dict.fromkeys(inner) | (values.get(key) or {})
+            for name in inner:
+                # without an epsilon there is no delta or accountant to explain
+                also = (key, "epsilon") if key == "privacy" else (key,)
+                _explain(values[key][name], name, flags, also)
+        elif key != "flags":
+            _explain(values.setdefault(key, None), key, flags)
+    return values | {"flags": flags}
+
+
+def _listed(flags: object) -> Sequence:
+    return flags if isinstance(flags, list | tuple) else ()
+
+
+def _plain(value: object, name: str, flags: list[str]):
+    """What JSON can hold. A number that is not finite becomes null, with a flag."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, str(k), flags) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v, name, flags) for v in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):  # NumPy and torch scalars
+        value = value.item()  # type: ignore[attr-defined]
+    if isinstance(value, float) and not math.isfinite(value):
+        flags.append(f"{name}: the value was {value}")
+        return None
+    return value
+
+
+def _explain(value: object, name: str, flags: list[str], also: tuple[str, ...] = ()) -> None:
+    """Add a flag for a missing value unless a flag gives its reason: `"name, name: why"`."""
+    given = {part.strip() for flag in flags for part in flag.partition(":")[0].split(",")}
+    if value is None and not given & {name, *also}:
+        why = _WHY.get(name, "missing, and the run gave no reason")
+        flags.append(f"{name}: {why}")
+
+
+def _parsed(line: bytes, where: str) -> Row:
+    values = _json(line, where)
+    missing = [name for name in _REQUIRED if name not in values]
+    require(not missing, where, "must have every field of a row; missing", ", ".join(missing))
+    known: dict[str, Any] = {f.name: values[f.name] for f in fields(Row) if f.name in values}
+    known["flags"] = tuple(_listed(known.get("flags")))
+    return Row(**known)
+
+
+def _json(text: bytes, where: str | Path) -> dict:
+    try:
+        value = json.loads(text, parse_constant=_not_json)
+    except ValueError as error:
+        raise Refused(str(where), "must be JSON", error) from None
+    require(isinstance(value, dict), str(where), "must be a JSON object", type(value).__name__)
+    return value
+
+
+def _not_json(word: str):
+    raise ValueError(f"{word} is not JSON")
+
+
+def _write(file, text: bytes) -> None:
+    while text:
+        text = text[file.write(text) :]  # a nearly full disk takes the beginning only
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _not_saved(path: Path, error: OSError) -> NotSaved:
+    return NotSaved(f"{path}: {error.strerror or error}; what was saved before is kept")

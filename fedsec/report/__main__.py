@@ -1,0 +1,5 @@
+import sys
+
+from fedsec.report.console import main
+
+sys.exit(main())

@@ -1,0 +1,132 @@
+"""The command line of the report, and its tables on the console."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedsec import records
+from fedsec.checks import Refused, require
+from fedsec.records import Run
+from fedsec.report.numbers import Scenario, config, groups, scenarios
+from fedsec.report.page import write
+from fedsec.report.words import (
+    COST,
+    IMAGES,
+    LEAKAGE,
+    UTILITY,
+    Column,
+    answers,
+    common,
+    directions,
+    warnings,
+)
+
+
+def show(runs: Sequence[Run], console) -> None:
+    """Print the answer, the tables and the flags on a rich console."""
+    from rich.text import Text
+
+    found = groups(runs)
+    wide = min(console.width, 100)
+    console.print(Text(_wrapped(common(found), wide)))
+    for heading, text in answers(found):
+        console.print(Text(f"\n{heading}".rstrip(), "bold"))
+        console.print(Text(_wrapped(text, wide)))
+    for title, columns in (
+        ("leakage", LEAKAGE),
+        ("image by image", IMAGES),
+        ("what the defense costs", UTILITY),
+        ("what the attack costs", COST),
+    ):
+        console.print(Text(f"\n{title}, mean [95 % interval]", "bold"))
+        console.print(Text(_wrapped(directions(columns), wide, "  "), "dim"))
+        for scenario in scenarios(found):
+            if scenario.heading:
+                console.print(Text(f"\n{scenario.heading}"))
+            table = _table(columns, scenario, narrow=console.width < 120)
+            console.print(Text(table), soft_wrap=True)
+    flags = warnings(runs, found)
+    if flags:
+        console.print()
+    for flag in flags:
+        console.print(Text(_wrapped(flag, wide, "  ! ", "    ")))
+
+
+def _table(columns: Sequence[Column], scenario: Scenario, narrow: bool) -> str:
+    """One line for each defense, never cut; on a narrow console intervals stand below means."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    between = "\n" if narrow else " "
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0), header_style="")
+    table.add_column("")
+    for column in columns:
+        name = column.name.replace(" ", between) if len(column.name) > 10 else column.name
+        table.add_column(Text(f"{name}{between}{column.unit}".strip()), justify="right")
+    for name, group in zip(scenario.labels, scenario.groups, strict=True):
+        cells = [between.join(filter(None, column.cell(group))) for column in columns]
+        table.add_row(*map(Text, (f"  {name}", *cells)))
+    sheet = Console(file=io.StringIO(), width=1000, no_color=True)
+    with sheet.capture() as capture:
+        sheet.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+
+
+def _wrapped(text: str, width: int, first: str = "", then: str | None = None) -> str:
+    import textwrap
+
+    rest = first if then is None else then
+    return textwrap.fill(text, width, initial_indent=first, subsequent_indent=rest)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 1 where nothing can be shown."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="python -m fedsec.report",
+        description="Print the table of one or many runs and write report.html.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or above them")
+    parser.add_argument("--out", help="the HTML file (default: report.html in the first FOLDER)")
+    try:
+        asked = parser.parse_args(words)
+    except SystemExit as stop:
+        return 1 if stop.code else 0
+    try:
+        return _report(asked.folders, asked.out)
+    except Refused as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        return 1
+
+
+def _report(folders: Sequence[str], out: str | None) -> int:
+    from rich.console import Console
+
+    runs, broken = [], []
+    for folder in records.find(folders):
+        try:
+            run = records.read(folder)
+            config(folder)
+            runs.append(run)
+        except Refused as refused:
+            broken.append(refused)
+    for refused in broken if runs else ():
+        print(f"left out: {refused}", file=sys.stderr)
+    if not runs:
+        raise broken[0]
+    empty = not any(run.rows for run in runs)
+    require(not empty, "folder", "must hold at least one finished image", " ".join(folders))
+    console = Console() if sys.stdout.isatty() else Console(width=400, no_color=True)
+    show(runs, console)
+    path = Path(out) if out else Path(folders[0]) / records.REPORT
+    try:
+        write(runs, path)
+    except OSError as error:
+        raise Refused("out", f"must be writable ({error.strerror})", path) from None
+    print(f"\nwrote {path}")
+    return 0

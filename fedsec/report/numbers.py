@@ -1,0 +1,279 @@
+"""Which rows may be averaged together, and the averages with their intervals.
+
+Rows are averaged only within a setting: the same attack, defense, threat model, client, data,
+model, mode, round and batch, with the same hyperparameters; only seeds and images differ. Runs that
+did not finish make settings of their own. Every mean carries a 95 % interval, or none where there
+are too few images to have one, and stands beside the best null baseline.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from fedsec import records
+from fedsec.checks import Refused
+from fedsec.records import Row, Run
+
+CONTROL = "none"  # the defense of the control
+FEWEST = 4  # images below which "leaks" is never said: a bootstrap of two or three is no interval
+
+# Configuration that does not change what is measured, only on how much of it, where and how fast.
+ASIDE = (
+    *("seed", "out", "device", "control", "images", "attack_rounds", "federation", "sweep"),
+    *("data.root", "data.download"),
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its interval (None where none can be had) over `count` of `total` values."""
+
+    mean: float | None
+    low: float | None
+    high: float | None
+    count: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one setting, which may be averaged, and the runs that they came from."""
+
+    setting: tuple[tuple[str, str], ...]  # what the rows name: attack, defense, ...
+    tuned: tuple[tuple[str, str], ...]  # hyperparameters, from the runs' config.yaml
+    status: str
+    rows: tuple[Row, ...]
+    runs: tuple[Run, ...]
+
+    def __getitem__(self, key: str) -> str:
+        return dict(self.setting)[key]
+
+    @property
+    def control(self) -> bool:
+        return self["defense"] == CONTROL
+
+    @property
+    def undefended(self) -> Group:
+        """This setting without its defense's hyperparameters."""
+        kept = tuple((k, v) for k, v in self.tuned if not k.startswith("defense"))
+        return replace(self, tuned=kept)
+
+    @property
+    def scenario(self) -> tuple:
+        """The setting without its defense: what is compared."""
+        named = tuple((k, v) for k, v in self.setting if k != "defense")
+        return named, self.undefended.tuned, self.status
+
+    @cached_property
+    def images(self) -> int:
+        return len({row.image for row in self.rows})
+
+    def estimate(self, field: str) -> Estimate:
+        """The mean of a row's field, with a bootstrap interval clustered by image."""
+        if field not in self._estimates:
+            values = [getattr(row, field) for row in self.rows]
+            self._estimates[field] = _bootstrap(values, [row.image for row in self.rows])
+        return self._estimates[field]
+
+    @cached_property
+    def _estimates(self) -> dict[str, Estimate]:
+        return {}
+
+    @property
+    def psnr(self) -> Estimate:
+        return self.estimate("psnr")
+
+    @cached_property
+    def gain(self) -> Estimate:
+        """PSNR above the best null on the same image."""
+        return _bootstrap([gain(row) for row in self.rows], [row.image for row in self.rows])
+
+    @cached_property
+    def success(self) -> Estimate:
+        """Share of images whose PSNR is more than stats.MARGIN above that of their best null."""
+        from fedsec import stats
+
+        images = [row.image for row in self.rows]
+        psnr, null = [row.psnr for row in self.rows], [row.null_psnr for row in self.rows]
+        share, low, high = stats.success(psnr, null, images)
+        known = {row.image for row in self.rows if gain(row) is not None}
+        return Estimate(share, low, high, len(known), len(set(images)))
+
+    @cached_property
+    def labels(self) -> Estimate:
+        """Share of images whose label the attack had right."""
+        from fedsec import stats
+
+        by_image: dict[int, list[bool]] = {}
+        for row in self.rows:
+            if row.label_ok is not None:
+                by_image.setdefault(row.image, []).append(row.label_ok)
+        right = sum(sum(held) / len(held) for held in by_image.values())
+        return Estimate(*stats.wilson(right, len(by_image)), len(by_image), self.images)
+
+    @cached_property
+    def leaks(self) -> bool | None:
+        """Whether the interval of the gain is above zero; None where images are too few."""
+        scored = len({row.image for row in self.rows if gain(row) is not None})
+        return None if self.gain.low is None or scored < FEWEST else self.gain.low > 0
+
+    @cached_property
+    def accuracy(self) -> Estimate:
+        return _over_seeds(self.runs, "control_accuracy" if self.control else "accuracy")
+
+    @cached_property
+    def lost(self) -> Estimate:
+        if self.control:
+            return Estimate(0.0, None, None, 0, 0)
+        return _over_seeds(self.runs, "accuracy_loss")
+
+    @cached_property
+    def privacy(self) -> dict:
+        """The weakest guarantee (largest epsilon) among the runs; empty where there is none."""
+        claims = [] if self.control else [inner(run, "privacy") for run in self.runs]
+        bounds = [claim for claim in claims if claim.get("epsilon") is not None]
+        return max(bounds, key=lambda claim: claim["epsilon"], default={})
+
+    @property
+    def null(self) -> str:
+        """The name of the baseline that most often was the best null."""
+        names = Counter(row.null for row in self.rows if row.null)
+        return names.most_common(1)[0][0] if names else "best null"
+
+
+def groups(runs: Sequence[Run]) -> list[Group]:
+    """The settings of `runs`, each scenario's control first. Equal rows count once."""
+    found: dict[tuple, tuple[dict[tuple, Row], dict[Path, Run]]] = {}
+    for run in runs:
+        tuning = sorted(config(run.folder).items())
+        for row in run.rows:
+            keys = ("attack", "defense", "threat", "client", "data", "model", "mode", "batch")
+            setting = tuple((k, str(getattr(row, k))) for k in (*keys, "round"))
+            tuned = tuple(
+                (k, v)
+                for k, v in tuning
+                if not (row.defense == CONTROL and k.startswith("defense"))
+            )
+            rows, folders = found.setdefault((setting, tuned, run.status), ({}, {}))
+            # a sweep repeats its control in every cell: the same draw is one measurement
+            rows.setdefault((row.seed, row.victim, row.image, row.psnr, row.loss), row)
+            folders.setdefault(run.folder, run)
+    made = [
+        Group(setting, tuned, status, tuple(rows.values()), tuple(folders.values()))
+        for (setting, tuned, status), (rows, folders) in found.items()
+    ]
+    order = list(dict.fromkeys(group.scenario for group in made))
+
+    def rank(group: Group) -> tuple[bool, int, bool]:
+        return group.status != "done", order.index(group.scenario), not group.control
+
+    return sorted(made, key=rank)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Settings that differ in their defense only, the control first."""
+
+    heading: str  # what tells it from the others; "" where it is the only one
+    groups: tuple[Group, ...]
+
+    @property
+    def labels(self) -> list[str]:
+        """For each group its defense, and hyperparameters where they differ."""
+        return [self.label(group) for group in self.groups]
+
+    def label(self, group: Group) -> str:
+        if group.control:
+            return "none (control)"
+        peers = [other for other in self.groups if other["defense"] == group["defense"]]
+        return " · ".join([group["defense"], *_differing(group, peers)])
+
+
+def scenarios(found: Sequence[Group]) -> list[Scenario]:
+    """`found` split into what can be compared with each other."""
+    members: dict[tuple, list[Group]] = {}
+    for group in found:
+        members.setdefault(group.scenario, []).append(group)
+    firsts = [each[0] for each in members.values()]
+    split = []
+    for each in members.values():
+        words = [
+            f"{key} {value}" if key in ("mode", "batch", "round") else value
+            for key, value in each[0].setting
+            if key != "defense" and len({first[key] for first in firsts}) > 1
+        ]
+        words += _differing(each[0].undefended, [first.undefended for first in firsts])
+        words += [each[0].status] if each[0].status != "done" else []
+        split.append(Scenario(" · ".join(words), tuple(each)))
+    return split
+
+
+def _differing(group: Group, peers: Sequence[Group]) -> list[str]:
+    """The hyperparameters, by their last name, in which what has the same name differs."""
+    named = dict(group.setting)
+    words = []
+    for key, value in group.tuned:
+        part = key.split(".")[0]
+        alike = [p for p in peers if part not in named or p[part] == group[part]]
+        if any(dict(peer.tuned).get(key) != value for peer in alike):
+            words.append(f"{key.rpartition('.')[2]} {value}")
+    return words
+
+
+def gain(row: Row) -> float | None:
+    if row.psnr is None or row.null_psnr is None:
+        return None
+    return row.psnr - row.null_psnr
+
+
+def _bootstrap(values: Sequence[float | int | None], clusters: Sequence) -> Estimate:
+    from fedsec import stats
+
+    floats = [None if value is None else float(value) for value in values]
+    known = sum(value is not None for value in values)
+    return Estimate(*stats.bootstrap(floats, clusters), known, len(values))
+
+
+def _over_seeds(runs: Sequence[Run], field: str) -> Estimate:
+    """A run's figure, averaged over seeds; one seed's accuracy has the test set's interval."""
+    from fedsec import stats
+
+    by_seed = {run.rows[0].seed: inner(run, "utility") for run in runs if run.rows}
+    values = [utility.get(field) for utility in by_seed.values()]
+    found = _bootstrap(values, list(by_seed))
+    tested = next(iter(by_seed.values()), {}).get("test_images")
+    if found.count == 1 and tested and found.mean is not None and field != "accuracy_loss":
+        _, low, high = stats.wilson(round(found.mean * tested), tested)
+        return Estimate(found.mean, low, high, 1, 1)
+    return found
+
+
+def inner(run: Run, key: str) -> dict:
+    value = (run.run or {}).get(key)
+    return value if isinstance(value, dict) else {}
+
+
+def config(folder: Path) -> dict[str, str]:
+    """A run's hyperparameters by dotted key, without what does not change what is measured."""
+    import yaml
+
+    path = folder / records.CONFIG
+    if not path.exists():
+        return {}
+    try:
+        flat = _flat(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise Refused(str(path), "must be YAML", str(error).splitlines()[0]) from None
+    return {k: v for k, v in flat.items() if k.split(".")[0] not in ASIDE and k not in ASIDE}
+
+
+def _flat(node: object, at: str = "") -> dict[str, str]:
+    if isinstance(node, dict | list) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        inner = [_flat(value, f"{at}.{key}" if at else str(key)) for key, value in items]
+        return {k: v for part in inner for k, v in part.items()}
+    return {at: str(node)} if at else {}

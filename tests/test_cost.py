@@ -1,0 +1,248 @@
+"""Arithmetic against hand counts, clocks against known allocations."""
+
+import sys
+import time
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from fedsec import cost
+from fedsec.cost import Clock, backprop_gflop, flops
+from fedsec.types import Batch
+
+
+def lenet() -> nn.Module:
+    convs = [nn.Conv2d(3, 12, 5, 2, 2), nn.Conv2d(12, 12, 5, 2, 2), nn.Conv2d(12, 12, 5, 1, 2)]
+    layers = [layer for conv in convs for layer in (conv, nn.Sigmoid())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(768, 10))
+
+
+def normed() -> nn.Module:
+    """Every kind of product that the zoo has: strided, grouped, 1 x 1, batch norm, linear."""
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    convs = [nn.Conv2d(3, 8, 3, 2, 1), norm, nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4)]
+    return nn.Sequential(*convs, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.LazyLinear(10))
+
+
+def batch(n: int = 1) -> Batch:
+    return Batch(torch.rand(n, 3, 32, 32), torch.softmax(torch.rand(n, 10), 1))
+
+
+# Multiply-adds of LeNet's layers on one image: outputs x inputs of each.
+LENET = [16 * 16 * 12 * 75, 8 * 8 * 12 * 300, 8 * 8 * 12 * 300, 768 * 10]
+
+
+def test_an_mlp_costs_what_the_hand_count_says():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 64), nn.ReLU(), nn.Linear(64, 10))
+    # forward and weight gradient of both layers, input gradient of the second only
+    hand = 2 * 7 * (2 * 3072 * 64 + 3 * 64 * 10) / 1e9
+    assert backprop_gflop(model, batch(7)) == pytest.approx(hand, rel=1e-9)
+
+
+def test_lenet_costs_what_the_hand_count_says():
+    hand = 2 * 5 * (3 * sum(LENET) - LENET[0]) / 1e9
+    assert backprop_gflop(lenet(), batch(5)) == pytest.approx(hand, rel=1e-9)
+
+
+def test_counting_leaves_the_model_alone_and_ignores_what_is_frozen():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10))
+    model(batch(2).images)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    free = backprop_gflop(model, batch(4))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with torch.no_grad():
+        assert backprop_gflop(model, batch(4)) == free > 0
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def matching(model: nn.Module):
+    """One lane of a gradient-matching attack: loss gradient, distance, gradient for the image."""
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+
+    def loss(w, x, t):
+        return F.cross_entropy(functional_call(model, w, (x,)), t)
+
+    def distance(x, t):
+        return sum(g.square().sum() for g in grad(loss)(weights, x, t).values())
+
+    def plain(x, t):
+        leaf = x.clone().requires_grad_()
+        w = {k: p.clone().requires_grad_() for k, p in weights.items()}
+        gs = torch.autograd.grad(loss(w, leaf, t), list(w.values()), create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in gs), leaf)
+
+    return weights, loss, grad(distance), plain
+
+
+@pytest.mark.parametrize("make", [lenet, normed])
+def test_lanes_under_vmap_count_as_many_times_one_lane(make):
+    model = make()
+    model(batch(2).images)
+    weights, loss, double, plain = matching(model)
+    lanes = 5
+    x, t = torch.rand(lanes, 2, 3, 32, 32), torch.softmax(torch.rand(lanes, 2, 10), -1)
+
+    one = flops(lambda: grad(loss)(weights, x[0], t[0]))
+    assert one == pytest.approx(backprop_gflop(model, Batch(x[0], t[0])))
+    own = {k: w.expand(lanes, *w.shape).clone() for k, w in weights.items()}  # local steps
+    assert flops(lambda: vmap(grad(loss), (None, 0, 0))(weights, x, t)) == pytest.approx(5 * one)
+    assert flops(lambda: vmap(grad(loss))(own, x, t)) == pytest.approx(5 * one)
+
+    step = flops(lambda: double(x[0], t[0]))
+    assert step == pytest.approx(flops(lambda: plain(x[0], t[0])))
+    assert flops(lambda: vmap(double)(x, t)) == pytest.approx(5 * step)
+
+
+def test_an_attack_step_on_lenet_is_seven_forwards_and_eight_with_unused_weight_gradients():
+    model, b = lenet(), batch()
+    weights, loss, double, _ = matching(model)
+    forward = flops(lambda: model(b.images))
+    assert forward == pytest.approx(2 * sum(LENET) / 1e9)
+    assert flops(lambda: double(b.images, b.targets)) / forward == pytest.approx(7.145, abs=1e-3)
+
+    def wasteful():  # mishap: `backward` also computes the outer gradients of the weights
+        leaf = b.images.clone().requires_grad_()
+        w = {k: p.clone().requires_grad_() for k, p in weights.items()}
+        gs = torch.autograd.grad(loss(w, leaf, b.targets), list(w.values()), create_graph=True)
+        sum(g.square().sum() for g in gs).backward()
+
+    assert flops(wasteful) / forward == pytest.approx(8.156, abs=1e-3)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_grouped_convolution_costs_the_same_three_times(groups):
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.rand(2, 8, 16, 16)
+    x.requires_grad_()
+    forward = 2 * 2 * 16 * 16 * 8 * (8 // groups) * 9 / 1e9
+    assert flops(lambda: conv(x).sum().backward()) == pytest.approx(3 * forward)
+
+
+def test_products_with_vectors_count_too():
+    a, x, b = torch.rand(10, 20), torch.rand(20), torch.rand(10)
+    assert flops(lambda: a @ x) == flops(lambda: F.linear(x, a)) == 400e-9
+    assert flops(lambda: torch.addmv(b, a, x, beta=2)) == flops(lambda: F.linear(x, a, b)) == 400e-9
+    assert flops(lambda: x @ x) == 40e-9
+    assert flops(lambda: x + x) == 0
+
+
+def test_inference_mode_counts_the_same():
+    model, x = lenet(), batch().images
+    with torch.inference_mode():
+        assert flops(lambda: model(x)) == pytest.approx(2 * sum(LENET) / 1e9)
+
+
+def test_the_function_is_run_once():
+    calls = []
+    flops(lambda: calls.append(1))
+    assert calls == [1]
+
+
+# ---- clocks -------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+
+
+def hold(mb: int) -> None:
+    torch.ones(mb * 250_000)  # 1e6 bytes each
+
+
+def test_seconds_are_wall_time_also_when_the_block_fails():
+    clock = Clock()
+
+    def fail():
+        with clock:
+            time.sleep(0.05)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert 0.05 <= clock.seconds < 1
+    assert cost._open == []
+    assert clock.joules is None
+    assert "GPU" in clock.reasons["joules"]
+
+
+@linux
+def test_peak_memory_is_that_of_the_block_and_not_of_the_past():
+    hold(400)
+    with Clock() as clock:
+        hold(100)
+    assert clock.peak_mb == pytest.approx(100, abs=15)
+
+
+@linux
+def test_nested_clocks_do_not_hide_a_peak_from_each_other():
+    with Clock() as outer:
+        hold(200)
+        with Clock() as inner:
+            hold(50)
+        hold(20)
+    assert inner.peak_mb == pytest.approx(50, abs=15)
+    assert outer.peak_mb == pytest.approx(200, abs=20)
+
+
+def test_without_proc_the_peak_is_none_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(cost._ProcessMemory, "root", tmp_path / "none")
+    with Clock() as clock:
+        pass
+    assert clock.peak_mb is None
+    assert "no peak memory" in clock.reasons["peak_mb"]
+    assert clock.seconds >= 0
+
+
+class FakeGpu:
+    """torch.cuda and NVML as far as a clock looks at them: 3 MB held, 10 MB at most, 7 J."""
+
+    def __init__(self, monkeypatch, nvml: bool = True, energy: bool = True):
+        self.calls = []
+        properties = types.SimpleNamespace(uuid="abc")
+        for name, value in {
+            "synchronize": lambda d: self.calls.append("synchronize"),
+            "reset_peak_memory_stats": lambda d: self.calls.append("reset"),
+            "memory_allocated": lambda d: 3_000_000,
+            "max_memory_allocated": lambda d: 10_000_000,
+            "get_device_properties": lambda d: properties,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        error = type("NVMLError", (Exception,), {})
+        joules = iter([0, 1_000, 8_000])  # the first read only asks whether it can
+
+        def read(handle):
+            assert handle == "GPU-abc"
+            if not energy:
+                raise error("Not Supported")
+            return next(joules)
+
+        module = types.SimpleNamespace(
+            NVMLError=error,
+            nvmlInit=lambda: None,
+            nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+            nvmlDeviceGetTotalEnergyConsumption=read,
+        )
+        monkeypatch.setitem(sys.modules, "pynvml", module if nvml else None)
+
+
+def test_on_a_gpu_both_ends_are_synchronised_and_energy_is_read(monkeypatch):
+    gpu = FakeGpu(monkeypatch)
+    with Clock("cuda") as clock:
+        gpu.calls.append("block")
+    assert gpu.calls == ["reset", "synchronize", "block", "synchronize"]
+    assert clock.peak_mb == 7.0
+    assert clock.joules == 7.0
+    assert clock.reasons == {}
+
+
+@pytest.mark.parametrize(("nvml", "why"), [(False, "nvidia-ml-py"), (True, "Not Supported")])
+def test_no_energy_comes_with_its_reason(monkeypatch, nvml, why):
+    FakeGpu(monkeypatch, nvml=nvml, energy=False)
+    with Clock("cuda") as clock:
+        pass
+    assert clock.joules is None
+    assert why in clock.reasons["joules"]
+    assert clock.peak_mb == 7.0

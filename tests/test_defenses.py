@@ -1,0 +1,634 @@
+"""Every defense does what its paper says, and each check fails for a broken version of it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
+
+import defenses.dpsgd as dpsgd
+from defenses.dpsgd import DPSGD
+from defenses.instahide import InstaHide
+from defenses.mixup import Mixup, mixing
+from defenses.noise import Noise
+from defenses.none import Undefended
+from defenses.prune import Prune
+from fedsec.checks import Refused
+from fedsec.client import client_streams, local_update, mean_gradient
+from fedsec.config import presets
+from fedsec.defense import Compose, Training
+from fedsec.rng import stream
+from fedsec.types import Batch, Local, Update
+
+PRESETS = presets("defense", [Path(__file__).parents[1] / "configs"])
+LOCAL = Local("gradient", 0.1, 1, 0)
+
+
+class Scaled(nn.Module):
+    """A small network with a learnable scalar, a frozen weight and a GroupNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.norm = nn.GroupNorm(2, 4)
+        self.linear = nn.Linear(4 * 4 * 4, 3)
+        self.scale = nn.Parameter(torch.tensor(3.0))  # 0-dimensional
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, images):
+        hidden = torch.sigmoid(self.norm(self.conv(images)))
+        return self.scale * self.linear(hidden.flatten(1)) * self.frozen
+
+
+@pytest.fixture
+def model():
+    return Scaled().double()
+
+
+def batch_of(n: int, classes: int = 3, shape=(2, 6, 6), seed: int = 0) -> Batch:
+    rng = stream(seed, "images")
+    images = torch.rand(n, *shape, generator=rng, dtype=torch.float64)
+    labels = torch.randint(classes, (n,), generator=rng)
+    return Batch(images, one_hot(labels, classes).double(), tuple(range(n)))
+
+
+def update_of(seed: int = 0) -> Update:
+    rng = stream(seed, "update")
+    shapes = {"w": (5, 4, 3), "b": (7,), "scalar": ()}
+    tensors = {k: torch.randn(s, generator=rng) for k, s in shapes.items()}
+    return Update(tensors, {"mean": torch.randn(3, generator=rng)}, 4)
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([t.flatten() for t in tensors.values()])
+
+
+def one_by_one(model, batch, clip, expected):
+    """DP-SGD without its noise, as the paper writes it: example by example."""
+    weights = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    total = {k: torch.zeros_like(p) for k, p in weights.items()}
+    for image, target in zip(batch.images, batch.targets, strict=True):
+        loss = cross_entropy(model(image[None]), target[None])
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads))
+        for name, grad in zip(weights, grads, strict=True):
+            total[name] = total[name] + grad * min(1.0, clip / norm)
+    return {k: t / expected for k, t in total.items()}
+
+
+# Two checks of DP-SGD's guarantee: what one example can change, and the noise that hides it.
+
+
+def bounded(defense: DPSGD, model: nn.Module, batch: Batch) -> bool:
+    """Without noise, removing any one example moves the gradient by at most clip / expected."""
+    quiet, expected = replace(defense, noise_multiplier=0.0), 50
+
+    def step(part: Batch) -> torch.Tensor:
+        return flat(quiet.gradients(model, part, stream(0, "n"), expected))
+
+    whole = step(batch)
+    for i in range(len(batch)):
+        rest = torch.arange(len(batch)) != i
+        moved = (whole - step(Batch(batch.images[rest], batch.targets[rest]))).norm()
+        if moved > defense.clip / expected * (1 + 1e-9):
+            return False
+    return True
+
+
+def hidden(defense: DPSGD, model: nn.Module, batch: Batch) -> bool:
+    """Noise of the declared deviation on every coordinate, independent over coordinates and steps.
+
+    Each bound is five or more standard errors wide.
+    """
+    expected, steps = 5, 400
+    quiet = flat(
+        replace(defense, noise_multiplier=0.0).gradients(model, batch, stream(0), expected)
+    )
+    draws = torch.stack(
+        [flat(defense.gradients(model, batch, stream(0, s), expected)) for s in range(steps)]
+    )
+    noise = (draws - quiet) / (defense.noise_multiplier * defense.clip / expected)
+    own_deviation = (noise.std(0) - 1).abs().max() < 6 / math.sqrt(2 * steps)
+    deviation = abs(noise.std() - 1) < 5 / math.sqrt(2 * noise.numel())
+    correlation = noise.T @ noise / steps - torch.eye(noise.shape[1], dtype=noise.dtype)
+    across = correlation.fill_diagonal_(0).abs().max() < 6 / math.sqrt(steps)
+    between = (noise[1:] * noise[:-1]).mean().abs() < 5 / math.sqrt(noise.numel())
+    return bool(own_deviation and deviation and across and between)
+
+
+class ClipsTheMean(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        mean = mean_gradient(model, batch)
+        factor = min(1.0, self.clip / float(flat(mean).norm())) * len(batch)
+        return {k: (g * factor + self._noise(g, rng)) / expected for k, g in mean.items()}
+
+    def _noise(self, like, rng):
+        return self.noise_multiplier * self.clip * dpsgd._normal_like(like, rng)
+
+
+class ClipsEachTensor(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        total = {k: torch.zeros_like(g) for k, g in mean_gradient(model, batch).items()}
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            for k, g in mean_gradient(model, Batch(image[None], target[None])).items():
+                total[k] += g * min(1.0, self.clip / float(g.norm()))
+        return {k: t / expected for k, t in total.items()}
+
+
+class DividesByTheDrawnBatch(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        return super().gradients(model, batch, rng, len(batch))
+
+
+class ScalarEscapes(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        sent = super().gradients(model, batch, rng, expected)
+        plain = one_by_one(model, batch, math.inf, expected)
+        return {k: plain[k] if g.dim() == 0 else g for k, g in sent.items()}
+
+
+class ForgetsNoise(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        quiet = DPSGD(clip=self.clip, noise_multiplier=0.0, delta=self.delta)
+        return quiet.gradients(model, batch, rng, expected)
+
+
+class DividesNoiseTwice(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        weak = DPSGD(
+            clip=self.clip, noise_multiplier=self.noise_multiplier / expected, delta=self.delta
+        )
+        return weak.gradients(model, batch, rng, expected)
+
+
+class NoiseForEachExample(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        parts = [
+            super(NoiseForEachExample, self).gradients(
+                model, Batch(batch.images[i : i + 1], batch.targets[i : i + 1]), rng, expected
+            )
+            for i in range(len(batch))
+        ]
+        return {k: sum(p[k] for p in parts) for k in parts[0]}
+
+
+class OneDrawForAllTensors(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        sent = one_by_one(model, batch, self.clip, expected)
+        state, deviation = rng.get_state(), self.noise_std(expected)
+        for k, g in sent.items():
+            rng.set_state(state)
+            sent[k] = g + deviation * dpsgd._normal_like(g, rng)
+        return sent
+
+
+class SameNoiseEachStep(DPSGD):
+    def gradients(self, model, batch, rng, expected):
+        return super().gradients(model, batch, torch.Generator().manual_seed(1), expected)
+
+
+DP = {"clip": 0.05, "noise_multiplier": 1.3, "delta": 1e-5}
+
+
+def test_dpsgd_keeps_its_guarantee(model):
+    assert bounded(DPSGD(**DP), model, batch_of(6))
+    assert hidden(DPSGD(**DP), model, batch_of(3))
+    assert hidden(DPSGD(**DP), model, batch_of(0))  # an empty draw is hidden as well
+
+
+@pytest.mark.parametrize(
+    "broken", [ClipsTheMean, ClipsEachTensor, DividesByTheDrawnBatch, ScalarEscapes]
+)
+def test_what_leaves_an_example_unbounded_is_found(model, broken):
+    assert not bounded(broken(**DP), model, batch_of(6))
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ForgetsNoise,
+        DividesNoiseTwice,
+        NoiseForEachExample,
+        OneDrawForAllTensors,
+        SameNoiseEachStep,
+        ScalarEscapes,
+    ],
+)
+def test_what_leaves_an_example_unhidden_is_found(model, broken):
+    assert not hidden(broken(**DP), model, batch_of(3))
+
+
+@pytest.mark.parametrize("clip", [1e-3, 0.9, 1e3])  # all, some and none of the examples are cut
+def test_dpsgd_without_noise_is_the_plain_loop(model, clip, monkeypatch):
+    batch = batch_of(9)
+    defense = DPSGD(clip=clip, noise_multiplier=0.0, delta=1e-5)
+    expected = one_by_one(model, batch, clip, 4)
+    for memory in (2**28, 1):  # one chunk; nine chunks
+        monkeypatch.setattr(dpsgd, "CHUNK_BYTES", memory)
+        got = defense.gradients(model, batch, stream(0), 4)
+        assert list(got) == [k for k, p in model.named_parameters() if p.requires_grad]
+        assert (flat(got) - flat(expected)).abs().max() < 1e-14 * max(1.0, clip)
+
+
+def test_dpsgd_that_never_cuts_is_the_mean_gradient(model):
+    batch = batch_of(5)
+    loose = DPSGD(clip=1e6, noise_multiplier=0.0, delta=1e-5)
+    got = loose.gradients(model, batch, stream(0), len(batch))
+    assert (flat(got) - flat(mean_gradient(model, batch))).abs().max() < 1e-14
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_dpsgd_is_opacus(monkeypatch):
+    from opacus.grad_sample import GradSampleModule
+    from opacus.optimizers import DPOptimizer
+
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Sigmoid(), nn.Flatten(), nn.Linear(64, 3)]
+    net = nn.Sequential(*layers).double()
+    batch, clip = batch_of(8), 3.6
+    norms = [flat(mean_gradient(net, Batch(x[None], t[None]))).norm() for x, t in pairs(batch)]
+    assert min(norms) < clip < max(norms), "some examples are cut and some are not"
+    ours = DPSGD(clip=clip, noise_multiplier=0.0, delta=1e-5).gradients(net, batch, stream(0), 5)
+
+    wrapped = GradSampleModule(copy.deepcopy(net))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(wrapped.parameters(), lr=1.0),
+        noise_multiplier=0.0,
+        max_grad_norm=clip,
+        expected_batch_size=5,
+    )
+    cross_entropy(wrapped(batch.images), batch.targets).backward()
+    optimizer.pre_step()
+    theirs = torch.cat([p.grad.flatten() for p in wrapped.parameters()])
+    assert (flat(ours) - theirs).abs().max() < 1e-6 * theirs.abs().max()
+
+    def opacus_factors(grads, clip):
+        norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+        return (clip / (norms + 1e-6)).clamp(max=1.0)  # the only difference
+
+    monkeypatch.setattr(dpsgd, "clip_factors", opacus_factors)
+    same = DPSGD(clip=clip, noise_multiplier=0.0, delta=1e-5).gradients(net, batch, stream(0), 5)
+    assert (flat(same) - theirs).abs().max() < 1e-15
+
+
+def pairs(batch: Batch):
+    return zip(batch.images, batch.targets, strict=True)
+
+
+def test_noise_does_not_depend_on_chunks(model, monkeypatch):
+    batch, defense = batch_of(6), DPSGD(**DP)
+    whole = defense.gradients(model, batch, stream(3), 6)
+    monkeypatch.setattr(dpsgd, "CHUNK_BYTES", 1)
+    assert (flat(defense.gradients(model, batch, stream(3), 6)) - flat(whole)).abs().max() < 1e-15
+
+
+def test_layers_with_random_draws_draw_for_each_example():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Flatten(), nn.Linear(72, 3, bias=False)).double()
+    one = batch_of(1)
+    twice = Batch(one.images.repeat(2, 1, 1, 1), one.targets.repeat(2, 1))
+    dropped = DPSGD(clip=1e6, noise_multiplier=0.0, delta=1e-5)
+    touched = dropped.gradients(net, twice, stream(0), 1)["2.weight"][0] != 0
+    assert touched.double().mean() > 0.6  # two masks of one half each cover three quarters
+
+
+@pytest.mark.parametrize("kind", ["gradient", "fedavg"])
+def test_the_noise_is_in_what_is_sent(model, kind):
+    """Mishap: with noise multiplier 100 the attacked gradient differed from the clean one by 0."""
+    loud = DPSGD(clip=1.0, noise_multiplier=100.0, delta=1e-5)
+    local = Local(kind, 0.1, 1, 4)
+
+    def sent(defense):
+        return local_update(model, [batch_of(4)], defense, local, client_streams(0, 0, 0), 4)[0]
+
+    difference = flat(sent(loud).tensors) - flat(sent(replace(loud, noise_multiplier=0.0)).tensors)
+    assert difference.std() == pytest.approx(25.0 * (0.1 if kind == "fedavg" else 1.0), rel=0.2)
+
+
+def test_dpsgd_states_its_guarantee():
+    defense = DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-5)
+    claim = defense.privacy(Training(steps=2000, examples=500, batch=10))
+    assert (claim.accountant, claim.delta) == ("PRV", 1e-5)
+    assert claim.epsilon == pytest.approx(5.626, abs=6e-4)
+    assert dict(claim.others)["RDP"] == pytest.approx(6.150, abs=6e-4)
+    full = defense.privacy(Training(steps=40, examples=8, batch=32))  # the batch is all there is
+    assert full.epsilon == pytest.approx(46.22, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "examples", "reason"),
+    [
+        ({"noise_multiplier": 0.0}, 500, "no noise"),
+        ({"delta": 0.002}, 500, "not below 1/500"),
+        ({"delta": 0.01}, 500, "not below 1/500"),
+    ],
+)
+def test_dpsgd_says_why_it_guarantees_nothing(change, examples, reason):
+    defense = DPSGD(**{"clip": 1.0, "noise_multiplier": 1.0, "delta": 1e-5} | change)
+    claim = defense.privacy(Training(steps=10, examples=examples, batch=10))
+    assert claim.epsilon is None
+    assert reason in claim.reason
+
+
+def test_dpsgd_falls_back_to_rdp_where_prv_has_no_number():
+    weak = DPSGD(clip=1.0, noise_multiplier=0.15, delta=1e-5)
+    claim = weak.privacy(Training(steps=200, examples=500, batch=50))
+    assert claim.accountant == "RDP"
+    assert 800 < claim.epsilon < 900
+
+
+def test_dpsgd_refuses_batchnorm_and_running_statistics():
+    defense = DPSGD(**DP)
+    defense.check(Scaled())
+    defense.check(nn.Sequential(nn.InstanceNorm2d(3)))
+    for layer, key in (
+        (nn.BatchNorm2d(3), "model.norm"),
+        (nn.SyncBatchNorm(3), "model.norm"),
+        (nn.InstanceNorm2d(3, track_running_stats=True), "model"),
+    ):
+        with pytest.raises(Refused) as refusal:
+            defense.check(nn.Sequential(nn.Sequential(layer)))
+        assert refusal.value.key == key
+        assert "use " in refusal.value.rule
+
+
+# Pruning
+
+
+def pruned_by_sorting(tensor, count):
+    order = sorted(range(tensor.numel()), key=lambda i: (abs(float(tensor.flatten()[i])), i))
+    flat_copy = tensor.flatten().clone()
+    flat_copy[order[:count]] = 0
+    return flat_copy.view_as(tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(st.integers(-3, 3), min_size=1, max_size=40),  # many ties
+    percent=st.integers(0, 99),
+)
+def test_prune_is_the_stable_sort(values, percent):
+    tensor = torch.tensor(values, dtype=torch.float32)
+    sent = Prune(ratio=percent / 100).update(Update({"w": tensor}, {}, 1), stream(0))
+    expected = pruned_by_sorting(tensor, percent * len(values) // 100)
+    assert torch.equal(sent.tensors["w"], expected)
+
+
+def test_prune_counts_are_exact_and_published():
+    update = update_of()
+    defense = Prune(ratio=0.9)
+    sent = defense.update(update, stream(0))
+    zeros = {k: int((t == 0).sum()) for k, t in sent.tensors.items()}
+    assert zeros == {"w": 54, "b": 6, "scalar": 0}
+    mask = defense.mask(sent)
+    for k, t in update.tensors.items():
+        assert torch.equal(sent.tensors[k], t * mask[k])
+        if k != "scalar":
+            assert t[mask[k]].abs().min() >= t[~mask[k]].abs().max()
+    assert torch.equal(sent.buffers["mean"], update.buffers["mean"])
+    # 0.29 * 100 is 28.999... in floating point
+    hundred = Update({"w": torch.arange(1.0, 101.0)}, {}, 1)
+    assert int((Prune(ratio=0.29).update(hundred, stream(0)).tensors["w"] == 0).sum()) == 29
+
+
+def test_prune_takes_tensors_that_quantile_refuses():
+    """Mishap: torch.quantile takes at most 2^24 entries (before torch 2.15)."""
+    big = torch.arange(2**24 + 8, dtype=torch.int32).remainder_(1000).float()
+    sent = Prune(ratio=0.9).update(Update({"w": big}, {}, 1), stream(0)).tensors["w"]
+    assert int((sent == 0).sum()) == 9 * big.numel() // 10
+    assert big[sent != 0].min() >= big[sent == 0].max()
+
+
+# Mixing
+
+
+def consistent(encoded: Batch, private: Batch, k: int, upper: float) -> bool:
+    """Images and targets of each encoding are the same proper mix of k private images.
+
+    The weights are read off the images by least squares, so this knows nothing of how they came.
+    """
+    images, mixes = private.images.flatten(1), encoded.images.flatten(1)
+    weights = torch.linalg.lstsq(images.T, mixes.T).solution.T
+    support = weights > 1e-6
+    return bool(
+        torch.allclose(weights @ images, mixes, atol=1e-6)
+        and torch.allclose(weights @ private.targets, encoded.targets, atol=1e-6)
+        and torch.allclose(weights.sum(1), torch.ones(len(encoded), dtype=weights.dtype), atol=1e-6)
+        and (support.sum(1) == k).all()  # no image is mixed with itself
+        and support.diagonal().all()
+        and weights.max() <= upper + 1e-6
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaleRows(Mixup):
+    """The mishap: a partial batch is encoded with its own rows, its targets with other ones."""
+
+    def batch(self, batch, rng):
+        weights = mixing(32, self.k, self.upper, stream(0, "stale"))[: len(batch), : len(batch)]
+        return replace(super().batch(batch, rng), targets=weights.double() @ batch.targets)
+
+
+def encodings_of_fifty(defense):
+    """Fifty images in batches of 32: the last batch is a partial one."""
+    private, rng = batch_of(50, classes=7), stream(0, "mix")
+    for part in (slice(0, 32), slice(32, 50)):
+        whole = Batch(private.images[part], private.targets[part])
+        yield defense.batch(whole, rng), whole
+
+
+@pytest.mark.parametrize(("k", "upper"), [(2, 0.65), (4, 0.65), (4, 0.32), (6, 1.0)])
+def test_mixup_mixes_images_and_targets_alike_in_every_batch(k, upper):
+    for encoded, private in encodings_of_fifty(Mixup(k=k, upper=upper)):
+        assert len(encoded) == len(private)
+        assert consistent(encoded, private, k, upper)
+
+
+def test_stale_rows_are_found():
+    checks = [consistent(e, p, 4, 0.65) for e, p in encodings_of_fifty(StaleRows(k=4, upper=0.65))]
+    assert not any(checks)
+
+
+def test_every_partner_is_as_likely():
+    weights = torch.stack([mixing(6, 3, 0.65, stream(0, s)) for s in range(600)])
+    often = (weights > 0).double().mean(0)
+    others = often[~torch.eye(6, dtype=torch.bool)]
+    assert (often.diagonal() == 1).all()
+    assert (others - 2 / 5).abs().max() < 5 * math.sqrt(0.4 * 0.6 / 600)
+
+
+def test_instahide_is_mixup_behind_signs():
+    batch, hide = batch_of(8), InstaHide(k=4, upper=0.65)
+    encoded = hide.batch(batch, stream(5))
+    mix = Mixup(k=4, upper=0.65).batch(batch, stream(5))
+    assert torch.equal(encoded.targets, mix.targets)
+    assert (hide.magnitude(encoded.images) - (mix.images - 0.5).abs()).abs().max() < 1e-15
+    assert encoded.images.min() >= 0
+    assert encoded.images.max() <= 1
+    signs = (torch.sign(encoded.images - 0.5) * torch.sign(mix.images - 0.5)).flatten(1)
+    assert signs.abs().min() == 1
+    assert abs(signs.mean()) < 5 / math.sqrt(signs.numel())
+    between = (signs @ signs.T / signs.shape[1]).fill_diagonal_(0)  # fresh signs for each encoding
+    assert between.abs().max() < 5 / math.sqrt(signs.shape[1])
+    first, second = encoded.images[:, 0], mix.images[:, 0]
+    per_channel = (encoded.images[:, 1] == mix.images[:, 1]) == (first == second)
+    assert 0.3 < per_channel.double().mean() < 0.7  # channels have signs of their own
+
+
+@pytest.mark.parametrize("kind", [Mixup, InstaHide])
+def test_a_batch_of_fewer_than_k_images_is_refused(kind):
+    defense = kind(k=4, upper=0.65)
+    assert len(defense.batch(batch_of(4), stream(0))) == 4
+    assert len(defense.batch(batch_of(0), stream(0))) == 0
+    with pytest.raises(Refused, match=r"^victim_batch: .* at least 4 images .*, got 1$"):
+        defense.batch(batch_of(1), stream(0))
+
+
+# Noise
+
+
+def rightly_noisy(defense: Noise) -> bool:
+    """Every tensor, scalars included, has noise of the declared deviation and shape."""
+    shapes = {"w": (300, 200), "b": (60_000,)}
+    zeros = Update({k: torch.zeros(s) for k, s in shapes.items()}, {}, 1)
+    sent = defense.update(zeros, stream(0)).tensors
+    both = flat(sent) / defense.std
+    fourth = {"gaussian": 3.0, "laplace": 6.0}[defense.distribution]
+    together = (sent["w"].flatten() * sent["b"]).mean() / defense.std**2
+    scalars = [
+        float(defense.update(Update({"s": torch.zeros(())}, {}, 1), stream(s)).tensors["s"])
+        for s in range(400)
+    ]
+    return bool(
+        abs(both.mean()) < 0.015
+        and abs(both.std() - 1) < 0.017
+        and abs((both**4).mean() - fourth) < 0.15 * fourth
+        and abs(together) < 0.021
+        and abs(torch.tensor(scalars).std() / defense.std - 1) < 0.4
+        and both.isfinite().all()
+    )
+
+
+class LaplaceScaleForDeviation(Noise):
+    def _draw(self, tensor, rng):
+        return super()._draw(tensor, rng) * math.sqrt(2)
+
+
+class NoiseSkipsScalars(Noise):
+    def _draw(self, tensor, rng):
+        return super()._draw(tensor, rng) if tensor.dim() else torch.zeros(())
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace"])
+def test_noise_has_the_declared_deviation_and_shape(distribution):
+    assert rightly_noisy(Noise(std=0.03, distribution=distribution))
+    for broken in (LaplaceScaleForDeviation, NoiseSkipsScalars):
+        assert not rightly_noisy(broken(std=0.03, distribution=distribution))
+
+
+# All of them
+
+
+def run(defense, seed: int = 0):
+    """Every hook, on inputs that must stay as they were: what came out."""
+    model, batch, update = Scaled().double(), batch_of(6), update_of()
+    before = copy.deepcopy((model.state_dict(), batch, update))
+    encoded = defense.batch(batch, stream(seed, "batch"))
+    grads = defense.gradients(model, encoded, stream(seed, "gradients"), 6)
+    sent = defense.update(update, stream(seed, "update"))
+    after = (model.state_dict(), batch, update)
+    for old, new in zip(before, after, strict=True):
+        assert_same(old, new)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(g.requires_grad for g in grads.values())
+    return encoded.images, encoded.targets, flat(grads), flat(sent.tensors)
+
+
+def assert_same(old, new):
+    if isinstance(old, dict):
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[k], new[k]) for k in old)
+    else:
+        for name, value in vars(old).items():
+            other = getattr(new, name)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other)
+            elif isinstance(value, dict):
+                assert_same(value, other)
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_hooks_change_nothing_they_were_given_and_follow_the_stream(name):
+    torch.manual_seed(7)
+    first = run(PRESETS[name])
+    torch.manual_seed(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(PRESETS[name]), strict=True))
+    torch.manual_seed(7)
+    other = run(PRESETS[name], seed=1)
+    changed = [not torch.equal(a, b) for a, b in zip(first, other, strict=True)]
+    draws = {"dpsgd": [2], "mixup": [0, 1, 2], "instahide": [0, 1, 2], "noise": [3]}
+    assert [i for i, c in enumerate(changed) if c] == draws.get(name, [])
+
+
+def test_the_presets_are_found():
+    assert set(PRESETS) >= {"none", "dpsgd", "prune", "mixup", "instahide", "noise"}
+    assert {n for n, d in PRESETS.items() if d.mixes} == {"mixup", "instahide"}
+    assert {n for n, d in PRESETS.items() if d.poisson} == {"dpsgd"}
+    training = Training(steps=10, examples=500, batch=10)
+    assert {n for n, d in PRESETS.items() if d.privacy(training) is not None} == {"dpsgd"}
+
+
+def test_no_defense_is_the_identity(model):
+    batch, update, none = batch_of(3), update_of(), Undefended()
+    assert none.batch(batch, stream(0)) is batch
+    assert none.update(update, stream(0)) is update
+    got = none.gradients(model, batch, stream(0), 3)
+    assert torch.equal(flat(got), flat(mean_gradient(model, batch)))
+
+
+def test_composition_keeps_a_guarantee_only_where_it_holds():
+    private, training = DPSGD(**DP), Training(steps=10, examples=500, batch=10)
+    alone = private.privacy(training)
+    assert Compose([private, Prune(ratio=0.5)]).privacy(training) == alone  # post-processing
+    mixed = Compose([Mixup(k=4, upper=0.65), private]).privacy(training)
+    assert mixed is not None
+    assert mixed.epsilon is None
+    assert "mixing" in mixed.reason
+    with pytest.raises(Refused):
+        Compose([private, private])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "key"),
+    [
+        (DPSGD, DP | {"clip": 0.0}, "clip"),
+        (DPSGD, DP | {"clip": math.inf}, "clip"),
+        (DPSGD, DP | {"clip": math.nan}, "clip"),
+        (DPSGD, DP | {"noise_multiplier": -1.0}, "noise_multiplier"),
+        (DPSGD, DP | {"noise_multiplier": math.inf}, "noise_multiplier"),
+        (DPSGD, DP | {"delta": 0.0}, "delta"),
+        (DPSGD, DP | {"delta": 1.0}, "delta"),
+        (Prune, {"ratio": 1.0}, "ratio"),
+        (Prune, {"ratio": -0.1}, "ratio"),
+        (Prune, {"ratio": math.nan}, "ratio"),
+        (Mixup, {"k": 1, "upper": 1.0}, "k"),
+        (Mixup, {"k": 4, "upper": 0.25}, "upper"),  # no draw would ever pass
+        (Mixup, {"k": 4, "upper": 1.1}, "upper"),
+        (InstaHide, {"k": 0, "upper": 0.65}, "k"),
+        (InstaHide, {"k": 4, "upper": math.nan}, "upper"),
+        (Noise, {"std": -0.1, "distribution": "gaussian"}, "std"),
+        (Noise, {"std": math.nan, "distribution": "gaussian"}, "std"),
+        (Noise, {"std": 0.1, "distribution": "uniform"}, "distribution"),
+    ],
+)
+def test_values_out_of_range_are_refused(kind, fields, key):
+    with pytest.raises(Refused) as refusal:
+        kind(**fields)
+    assert refusal.value.key == key

@@ -1,0 +1,502 @@
+"""The report says what the rows say, with intervals, and nothing that they do not support."""
+
+import functools
+import html.parser
+import itertools
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsec import records, report, stats, threat
+from fedsec.records import Row
+from fedsec.report import numbers, page, words
+from fedsec.report.pictures import grid_cells
+
+NULL = 13.9
+
+
+def _row(defense, victim, psnr, seed=0, **changed):
+    row = Row(
+        run="r", attack="inverting", defense=defense, threat="honest_server", client="gradient",
+        data="photos", model="convnet", seed=seed, round=0, victim=victim, image=100 + victim,
+        batch=1, psnr=psnr, ssim=0.5, mse=0.1, lpips=0.3, null_psnr=NULL, null="mean image",
+        label_true=3, label_pred=3, label_ok=victim % 2 == 0, loss=0.1, steps=600, seconds=4.0,
+        gflop=33.0, backprops=2460.0, peak_mb=310.0, mode="eval",
+    )  # fmt: skip
+    return replace(row, **changed)
+
+
+def _run(folder, rows, *, status="done", accuracy=0.48, epsilon: float | None = 7.9, config="",
+         pictures=True, **changed):  # fmt: skip
+    """A run folder as fedsec.run leaves it."""
+    out = records.open_folder(folder)
+    out.append(rows)
+    defenses = list(dict.fromkeys(row.defense for row in rows))
+    count = len({row.victim for row in rows})
+    if pictures:
+        images = np.random.default_rng(0).random((count, 3, 8, 8))
+        captions = ["9.9 dB"] * count
+        report.grid(folder / "grid.png", images, [(d, images, captions) for d in defenses])
+    if config:
+        (folder / "config.yaml").write_text(config)
+    if status:
+        out.finish(
+            {
+                "status": status,
+                "utility": {"accuracy": accuracy, "control_accuracy": 0.712,
+                            "accuracy_loss": 0.712 - accuracy, "test_images": 1000},
+                "privacy": {"epsilon": epsilon, "delta": 1e-5, "accountant": "PRV"},
+                "cost": {"device": "cpu, 1 thread"},
+                "nulls": {"grey": 12.5, "mean image": NULL},
+                "grants": ["model", "update", "count", "shape"],
+                "flags": [], "commit": "abc1234", "versions": {"torch": "2.15.0"},
+                "command": "python -m fedsec.run attack=inverting defense=dpsgd",
+            } | changed
+        )  # fmt: skip
+    return folder
+
+
+def _rows(defense, level, images=8, **changed):
+    wiggle = np.random.default_rng(1).normal(size=images)
+    return [_row(defense, i, level + float(wiggle[i]), **changed) for i in range(images)]
+
+
+def _standard(folder, images=8, control=21.4, defended=9.9, **changed):
+    rows = _rows("none", control, images) + _rows("dpsgd", defended, images)
+    return _run(folder, rows, **changed)
+
+
+def _page(*folders) -> str:
+    path = folders[0] / "report.html"
+    report.write([records.read(f) for f in folders], path)
+    return path.read_text()
+
+
+class _Text(html.parser.HTMLParser):
+    """The page's text, its tags balanced, and what it refers to."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.open, self.words, self.refers = [], [], []
+        self.feed(source)
+        assert self.open == []
+        self.text = " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag, attrs):
+        self.refers += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        pass  # SVG's lines and circles
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def _answer(*folders) -> str:
+    found = numbers.groups([records.read(f) for f in folders])
+    ((_, text),) = words.answers(found)
+    return text
+
+
+def test_numbers_on_page_and_console_are_those_of_stats_on_the_rows(tmp_path, capsys):
+    folder = _standard(tmp_path / "a")
+    assert report.main([str(folder)]) == 0
+    console = capsys.readouterr().out
+    text = _Text((folder / "report.html").read_text()).text
+    for defense in ("none", "dpsgd"):
+        rows = [r for r in records.read(folder).rows if r.defense == defense]
+        psnr, images = [r.psnr for r in rows], [r.image for r in rows]
+        null = [r.null_psnr for r in rows]
+        mean, low, high = stats.bootstrap(psnr, images)
+        gain = stats.paired_difference(psnr, null, images)
+        share = stats.success(psnr, null, images)
+        worst = max(rows, key=lambda r: r.psnr)
+        expected = (
+            f"{mean:.1f} [{low:.1f}, {high:.1f}]",
+            f"{gain[0]:.1f} [{gain[1]:.1f}, {gain[2]:.1f}]",
+            f"{share[0]:.0%} [{share[1]:.0%}, {share[2]:.0%}]".replace("%", ""),
+            f"{worst.psnr:.1f} image {worst.image}",
+            f"{statistics.median(psnr):.1f}",
+        )
+        for figure in expected:
+            assert figure in console
+            assert figure in text.replace("\u2212", "-")
+    # half of the images have their label right
+    share, low, high = stats.wilson(4, 8)
+    assert f"{share:.0%} [{low:.0%}, {high:.0%}]".replace("%", "") in text
+
+
+def test_rows_with_missing_values_are_counted_not_averaged_as_zero(tmp_path):
+    rows = _rows("none", 21.4, 8)
+    rows[0] = replace(rows[0], lpips=None, flags=("lpips: no features",))
+    rows[1] = replace(rows[1], psnr=float("nan"))
+    folder = _run(tmp_path / "a", rows)
+    (group,) = numbers.groups([records.read(folder)])
+    assert group.estimate("lpips").mean == pytest.approx(0.3)
+    assert (group.psnr.count, group.psnr.total) == (7, 8)
+    text = _Text(_page(folder)).text
+    assert "0.30 7 of 8" in text
+    assert "lpips: no features (none 1 of 8 images)" in text
+    assert "psnr: the value was nan (none 1 of 8 images)" in text
+
+
+def test_the_answer_says_what_leaked_and_what_it_costs(tmp_path):
+    text = _answer(_standard(tmp_path / "a"))
+    assert re.match(
+        r"Without a defense, inverting recovers images at 21\.\d dB \[\d+\.\d, \d+\.\d\], "
+        r"\d\.\d dB \[\d\.\d, \d\.\d\] above the best null\. "
+        r"Under dpsgd \(epsilon 7\.9\), inverting reaches \d+\.\d dB \[.*\], "
+        r"not above the best null\. Test accuracy falls from 71\.2 % to 48\.0 %\.$",
+        text,
+    )
+
+
+def test_nothing_leaks_unless_the_interval_is_above_the_null(tmp_path):
+    wide = [_row("none", i, NULL + g) for i, g in enumerate([9.0, -3.0, 8.0, -4.0, 7.0, -5.0])]
+    folder = _run(tmp_path / "a", wide + _rows("dpsgd", 9.9, 6))
+    control = numbers.groups([records.read(folder)])[0]
+    assert control.gain.mean is not None
+    assert control.gain.mean > 0
+    assert control.leaks is False
+    text = _Text(_page(folder)).text
+    assert not re.search(r"\b(recovers|leaks)\b", text.split("Originals")[0])
+    assert "none can be credited" in text
+    assert "the control is not above the null: this says nothing about a defense" in text
+
+
+@pytest.mark.parametrize(("images", "claim"), [(1, None), (3, None), (4, True), (40, True)])
+def test_too_few_images_give_no_claim(tmp_path, images, claim):
+    folder = _standard(tmp_path / "a", images=images)
+    groups = numbers.groups([records.read(folder)])
+    assert [g.leaks for g in groups] == [claim, None if claim is None else False]
+    text = _Text(_page(folder)).text
+    if images == 1:
+        assert groups[0].psnr.low is None
+        assert "1 image: too few for any claim" in text
+        assert "1 image is too few to say" in text
+    assert ("intervals are wide" in text) == (images == 4)
+    assert ("too few for any claim" in text) == (claim is None)
+
+
+def test_a_run_that_is_not_whole_is_shown_apart(tmp_path):
+    whole = _standard(tmp_path / "a")
+    killed = _run(tmp_path / "b", _rows("none", 30.0), status="")
+    failed = _run(tmp_path / "c", _rows("none", 35.0), status="failed")
+    found = numbers.groups([records.read(f) for f in (killed, failed, whole)])
+    means = {(g.status, g["defense"]): round(g.psnr.mean or 0) for g in found}
+    assert found[0].status == "done"
+    assert means[("done", "none")] == 22
+    assert means[("unfinished", "none")] == 30
+    assert means[("failed", "none")] == 35
+    text = _Text(_page(whole, killed, failed)).text
+    assert f"{killed}: unfinished after 8 rows; not averaged with whole runs" in text
+    assert f"{failed}: failed after 8 rows" in text
+
+
+def test_settings_with_other_hyperparameters_are_not_pooled_and_their_control_is(tmp_path):
+    def cell(name, sigma, level, seed=0):
+        config = f"defense: {{noise_multiplier: {sigma}}}\nseed: {seed}\nout: x{name}\n"
+        rows = _rows("none", 21.4) + _rows("dpsgd", level)
+        return _run(tmp_path / name, [replace(r, seed=seed) for r in rows], config=config)
+
+    folders = [cell("a", 1.0, 9.9), cell("b", 2.0, 8.0), cell("c", 2.0, 8.5, seed=1)]
+    found = numbers.groups([records.read(f) for f in folders])
+    (scenario,) = numbers.scenarios(found)
+    assert scenario.labels == [
+        "none (control)", "dpsgd · noise_multiplier 1.0", "dpsgd · noise_multiplier 2.0",
+    ]  # fmt: skip
+    # cells a and b repeat the same control, which counts once; seed 1 adds its own
+    assert [len(g.rows) for g in found] == [16, 8, 16]
+    assert [g.images for g in found] == [8, 8, 8]
+
+
+def test_other_rounds_and_attacks_make_scenarios_of_their_own(tmp_path):
+    early = _standard(tmp_path / "a")
+    late = _run(tmp_path / "b", [replace(r, round=40) for r in records.read(early).rows])
+    other = _run(tmp_path / "c", [replace(r, attack="dlg") for r in records.read(early).rows])
+    found = numbers.groups([records.read(f) for f in (early, late, other)])
+    headings = [s.heading for s in numbers.scenarios(found)]
+    assert headings == ["inverting · round 0", "inverting · round 40", "dlg · round 0"]
+
+
+def test_more_than_four_defended_settings_are_summed_up(tmp_path):
+    folders = [
+        _run(
+            tmp_path / str(i),
+            _rows("none", 21.4) + _rows("prune", level),
+            config=f"defense: {{ratio: 0.{i}}}\n",
+            accuracy=0.7 - 0.05 * i,
+            epsilon=None,
+        )
+        for i, level in enumerate([20.0, 19.0, 10.0, 9.0, 8.0], 1)
+    ]
+    text = _answer(*folders)
+    assert "2 of 5 defended settings still leak: prune ratio 0.1, prune ratio 0.2." in text
+    assert "prune ratio 0.3 costs the least accuracy: 16.2 points." in text
+
+
+def test_accuracy_has_the_interval_of_the_test_set_or_of_the_seeds(tmp_path):
+    one = _standard(tmp_path / "a")
+    (_, defended) = numbers.groups([records.read(one)])
+    assert (defended.accuracy.low, defended.accuracy.high) == stats.wilson(480, 1000)[1:]
+    assert (defended.lost.mean, defended.lost.low) == (pytest.approx(0.232), None)
+    two = _run(
+        tmp_path / "b",
+        [replace(r, seed=1) for r in _rows("none", 21.4) + _rows("dpsgd", 9.9)],
+        accuracy=0.52,
+    )
+    (_, defended) = numbers.groups([records.read(f) for f in (one, two)])
+    assert defended.accuracy.mean == pytest.approx(0.5)
+    assert defended.accuracy.low is not None
+    assert defended.accuracy.low < 0.5
+
+
+def test_the_page_stands_alone_and_is_well_formed(tmp_path):
+    source = _page(_standard(tmp_path / "a"))
+    parsed = _Text(source)
+    assert parsed.refers
+    assert all(ref.startswith("data:image/png;base64,") for ref in parsed.refers)
+    assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe|\bon\w+=", source)
+    assert not re.search(r"\b(nan|NaN|inf|None|undefined)\b", parsed.text)
+    assert "prefers-color-scheme: dark" in source
+    assert 'name="viewport"' in source
+    assert "@media print" in source
+    titles = re.findall(r"<h2>(.*?)</h2>", source)
+    assert titles == [
+        "Originals and reconstructions", "What leaked", "What the defense costs",
+        "What the attack costs", "Who knew what", "Flags", "How each number is computed",
+        "Repeat it",
+    ]  # fmt: skip
+    assert "abc1234" in parsed.text
+    assert "torch 2.15.0" in parsed.text
+    assert "python -m fedsec.run attack=inverting defense=dpsgd" in parsed.text
+
+
+def test_values_are_escaped(tmp_path):
+    evil = "<script>alert(1)</script>"
+    rows = [
+        replace(r, defense=evil if r.defense == "dpsgd" else "none", flags=(evil,), null=evil)
+        for r in _rows("none", 21.4) + _rows("dpsgd", 9.9)
+    ]
+    folder = _run(tmp_path / "a", rows, config=f"name: '{evil}'\n", command=evil, flags=[evil])
+    source = _page(folder)
+    assert "<script" not in source
+    assert source.count("&lt;script&gt;") >= 6
+
+
+def test_words_for_facts_are_those_of_the_threat_table(tmp_path):
+    assert list(words.FACTS) == list(threat.FACTS)
+    text = _Text(_page(_standard(tmp_path / "a"))).text
+    known, withheld = text.split("The adversary knows")[1].split("Withheld from it")
+    withheld = withheld.split("Flags")[0]
+    for fact, meaning in words.FACTS.items():
+        granted = fact in ("model", "update", "count", "shape")
+        assert (meaning in known) == granted
+        assert (meaning in withheld) == (not granted)
+
+
+def test_the_scatter_shows_every_setting_and_the_null(tmp_path):
+    source = _page(_standard(tmp_path / "a"))
+    wide, narrow = re.findall(r"<svg.*?</svg>", source, flags=re.S)
+    for svg in (wide, narrow):
+        assert svg.count("<circle") == 2
+        assert svg.count('class="point leaks"') == 1
+        assert "best null 13.9 dB" in svg
+        assert "none (control)" in svg
+        assert ">dpsgd<" in svg
+        assert "test accuracy lost, percentage points" in svg
+        box = [int(v) for v in re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0]]
+        for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg):
+            assert 0 < float(x) < box[0]
+            assert 0 < float(y) < box[1]
+    (control, defended) = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', wide)
+    assert float(control[0]) < float(defended[0])  # the defense loses accuracy
+    assert float(control[1]) < float(defended[1])  # and leaks less: further down
+
+
+def test_labels_of_the_scatter_do_not_cover_each_other():
+    points = [{"x": 50.0 + i, "y": 100.0, "label": f"prune {i}"} for i in range(6)]
+    page._place_labels(points, 700, [100.0])
+    heights = sorted(point["at"][1] for point in points)
+    assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
+
+
+@pytest.mark.parametrize("low_high", [(0.0, 23.2), (9.9, 22.1), (-3.0, 0.01), (5.0, 5.0)])
+def test_ticks_are_few_and_hold_the_range(low_high):
+    low, high = low_high
+    ticks = page._ticks(low, high, 6)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low
+    assert ticks[-1] >= high
+    steps = np.diff(ticks)
+    assert np.allclose(steps, steps[0])
+
+
+def test_old_or_foreign_run_files_do_not_break_the_page(tmp_path):
+    folder = _run(tmp_path / "a", _rows("none", 21.4), status="", pictures=False)
+    (folder / "run.json").write_text('{"status": "done"}')
+    assert "not recorded" in _Text(_page(folder)).text
+    Image.new("RGB", (20, 20)).save(folder / "grid.png")  # tells no places
+    assert "data:image/png" in _page(folder)
+
+
+def test_the_command_line_reports_many_runs_and_refuses_in_one_line(tmp_path, capsys):
+    _standard(tmp_path / "runs" / "a")
+    _run(tmp_path / "runs" / "b", _rows("none", 21.4), status="interrupted")
+    (tmp_path / "runs" / "c").mkdir()
+    (tmp_path / "runs" / "c" / "records.jsonl").write_text("{ broken\n")
+    (tmp_path / "empty").mkdir()
+
+    def run(*args):
+        status = report.main([str(a) for a in args])
+        return status, *capsys.readouterr()
+
+    status, _, err = run(tmp_path / "runs")
+    assert status == 0
+    assert "left out:" in err
+    assert "must be JSON" in err
+    assert (tmp_path / "runs" / "report.html").exists()
+    assert run(tmp_path / "runs", "--out", tmp_path / "x" / "y.html")[0] == 0
+    assert (tmp_path / "x" / "y.html").exists()
+    for args, words_ in (
+        ([tmp_path / "nowhere"], "error: folder: must exist, got "),
+        ([tmp_path / "empty"], "error: folder: must hold a run"),
+        ([tmp_path / "runs" / "c"], "records.jsonl:1: must be JSON"),
+        ([tmp_path / "runs" / "a", "--out", "/dev/null/x.html"], "error: out: must be writable"),
+    ):
+        status, _, err = run(*args)
+        assert status == 1
+        assert words_ in err
+        assert err.count("\n") == 1
+        assert "Traceback" not in err
+    records.open_folder(tmp_path / "none").append([])
+    status, _, err = run(tmp_path / "none")
+    assert (status, "at least one finished image" in err) == (1, True)
+    assert run()[0] == 1
+
+
+def test_plain_text_on_a_pipe_has_no_colours_and_no_broken_intervals(tmp_path):
+    folder = _standard(tmp_path / "a")
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsec.report", str(folder)],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    for line in done.stdout.splitlines():
+        assert line.count("[") == line.count("]")
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path, width):
+    import io
+
+    from rich.console import Console
+
+    run = records.read(_standard(tmp_path / "a"))
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    report.show([run], console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in text
+    tables = [line for line in text.splitlines() if "none (control)" in line]
+    assert len(tables) == 4
+    for interval in re.findall(r"\[\d[^\]]*\]", text):
+        assert "\n" not in interval
+    if width == 80:
+        assert max(len(line) for line in tables) <= 80
+
+
+def test_grid_shows_each_image_enlarged_and_gives_it_back_exactly(tmp_path):
+    rng = np.random.default_rng(0)
+    truth, guess = rng.random((3, 3, 32, 32)), rng.random((3, 32, 32, 3))
+    path = tmp_path / "grid.png"
+    captions = ["21.4 dB", "20.0 dB", "19.9 dB"]
+    report.grid(path, truth, [("none (control)", guess, captions)])
+    cells = grid_cells(path)
+    assert [row["title"] for row in cells["rows"]] == ["original", "none (control)"]
+    assert [caption for _, caption in cells["rows"][1]["cells"]] == captions
+    expected = (truth.transpose(0, 2, 3, 1), guess)
+    for row, images in zip(cells["rows"], expected, strict=True):
+        for (uri, _), image in zip(row["cells"], images, strict=True):
+            got = np.asarray(_decoded(uri))
+            assert (got == np.rint(image * 255)).all()
+    with Image.open(path) as sheet:
+        layout = json.loads(sheet.text["fedsec"])  # type: ignore[attr-defined]
+        assert layout["size"] == [96, 96]
+        # under each reconstruction there is a caption to read: dark pixels on white
+        x, y = layout["x"], layout["rows"][1]["y"] + 96
+        assert np.asarray(sheet.convert("L").crop((x, y, x + 96, y + 22))).min() < 100
+
+
+def _decoded(uri):
+    import base64
+    import io
+
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+@pytest.mark.parametrize("shape", [(20, 1, 28, 28), (2, 3, 128, 64), (1, 3, 8, 8)])
+def test_grid_takes_grey_large_and_many_images(tmp_path, shape):
+    images = np.full(shape, 0.5)
+    images[0] = np.nan  # a reconstruction that failed is grey, not black or an error
+    report.grid(tmp_path / "g.png", images, [("dpsgd", images * 3 - 1, ["x"] * shape[0])])
+    cells = grid_cells(tmp_path / "g.png")
+    shown = cells["rows"][0]["cells"]
+    assert len(shown) == min(shape[0], 16)
+    assert ("first 16 of 20" in cells["note"]) == (shape[0] == 20)
+    assert set(np.asarray(_decoded(shown[0][0])).ravel()) == {128}
+
+
+def test_images_of_a_sweep_share_their_originals(tmp_path):
+    folders = [
+        _run(tmp_path / str(i), _rows("none", 21.4) + _rows("dpsgd", 9.0 + i),
+             config=f"defense: {{noise_multiplier: {i}.0}}\n")
+        for i in range(3)
+    ]  # fmt: skip
+    found = numbers.groups([records.read(f) for f in folders])
+    (scenario,) = numbers.scenarios(found)
+    (pictures,) = page._grids(scenario)
+    assert [row["title"] for row in pictures["rows"]] == ["original", *scenario.labels]
+
+
+@functools.cache
+def _chromium() -> str | None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(_chromium() is None, reason="no Chromium on PATH to take a screenshot with")
+@pytest.mark.parametrize(("width", "scheme"), [(1200, 1), (390, 0)])
+def test_the_page_opens_in_chromium(tmp_path, width, scheme):
+    folder = _standard(tmp_path / "a")
+    _page(folder)
+    shot = tmp_path / "page.png"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    quiet = "--disable-background-networking --disable-component-update --disable-sync"
+    done = subprocess.run(
+        [str(_chromium()), *flags.split(), *quiet.split(), f"--user-data-dir={tmp_path / 'user'}",
+         f"--blink-settings=preferredColorScheme={scheme}", f"--window-size={width},1200",
+         "--hide-scrollbars", f"--screenshot={shot}", Path(folder / "report.html").as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert shot.exists(), done.stderr
+    pixels = np.asarray(Image.open(shot).convert("RGB"))
+    assert pixels.shape[1] == width
+    # the corner shows the page's own background, light or dark, and the page is not empty
+    assert (pixels[2, 2] > 250).all() if scheme else (pixels[2, 2] < 40).all()
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
