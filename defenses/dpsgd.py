@@ -14,7 +14,8 @@ from fedsec.checks import Refused, require
 from fedsec.defense import Defense, Privacy, Training
 from fedsec.types import Batch, Tensors
 
-CHUNK_BYTES = 2**28  # of per-example gradients held at once
+# Per-example gradients held at once: on a CPU about what its caches hold, which is the fastest.
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,7 @@ def clipped_sum(model: nn.Module, batch: Batch, clip: float) -> Tensors:
     """The sum over the batch of each example's gradient, scaled to a norm of at most `clip`.
 
     A layer sees one example at a time, so none can mix two. The gradients held at once take
-    `CHUNK_BYTES`; the chunks depend on the model alone, and so does the order of the sum.
+    `CHUNK_BYTES`; the chunks depend on model and device alone, and so does the order of the sum.
     """
     weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
 
@@ -119,7 +120,7 @@ def clipped_sum(model: nn.Module, batch: Batch, clip: float) -> Tensors:
     each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="different")
     total = {k: torch.zeros_like(w) for k, w in weights.items()}
     bytes_each = sum(w.nbytes for w in weights.values())
-    chunk = max(1, CHUNK_BYTES // max(1, bytes_each))
+    chunk = max(1, CHUNK_BYTES[batch.images.device.type] // max(1, bytes_each))
     for start in range(0, len(batch), chunk):
         part = slice(start, start + chunk)
         grads = each(weights, batch.images[part], batch.targets[part])

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from defenses.mixup import _require_mixable, mixed
+from defenses.mixup import mixed, require_mixable
 from fedsec.defense import Defense
 from fedsec.types import Batch
 
@@ -30,12 +30,12 @@ class InstaHide(Defense):
     """
 
     k: int  # >= 2, images in one encoding
-    upper: float  # in [1.25 / k, 1], bound on the largest coefficient
+    upper: float  # in [1 / k, 1], bound on the largest coefficient
 
     mixes = True
 
     def __post_init__(self):
-        _require_mixable(self.k, self.upper)
+        require_mixable(self.k, self.upper)
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         mix = mixed(batch, self.k, self.upper, rng, "instahide")

@@ -19,9 +19,10 @@ class Mixup(Defense):
 
     Encoding i is a sum of image i and k - 1 other images of the batch, drawn without replacement
     for each encoding, with coefficients |N(0, 1)| scaled to sum to one and redrawn while one of
-    them exceeds `upper`. The targets are mixed with the same coefficients. An encoding stays in
-    [0, 1]. A batch of fewer than k images is refused; the empty one stays empty. The published
-    code mixes with k - 1 permutations of the batch, which may mix an image with itself.
+    them exceeds `upper` (a hundred times; then they move towards 1 / k until they fit). The
+    targets are mixed with the same coefficients. An encoding stays in [0, 1]. A batch of fewer
+    than k images is refused; the empty one stays empty. The published code mixes with k - 1
+    permutations of the batch instead, which may mix an image with itself.
 
     Guarantee: none. Adaptive attack: reconstruct the encodings, then separate the images, each of
     which appears in several. Known break: Carlini et al., "Is private learning possible with
@@ -29,12 +30,12 @@ class Mixup(Defense):
     """
 
     k: int  # >= 2, images in one encoding
-    upper: float  # in [1.25 / k, 1], bound on the largest coefficient
+    upper: float  # in [1 / k, 1], bound on the largest coefficient
 
     mixes = True
 
     def __post_init__(self):
-        _require_mixable(self.k, self.upper)
+        require_mixable(self.k, self.upper)
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         return mixed(batch, self.k, self.upper, rng, "mixup")
@@ -65,12 +66,16 @@ def _coefficients(n: int, k: int, upper: float, rng: torch.Generator) -> Float[T
         return magnitude / magnitude.sum(dim=1, keepdim=True)
 
     rows = draw(n)
-    while (over := rows.amax(dim=1) > upper).any():
+    for _ in range(100):
+        over = rows.amax(dim=1) > upper
+        if not over.any():
+            return rows
         rows[over] = draw(int(over.sum()))
-    return rows
+    excess = (rows.amax(dim=1, keepdim=True) - 1 / k).clamp(min=1e-9)
+    return 1 / k + (rows - 1 / k) * ((upper - 1 / k) / excess).clamp(max=1.0)
 
 
-def _require_mixable(k: int, upper: float) -> None:
+def require_mixable(k: int, upper: float) -> None:
+    """Refuse numbers for which no such mix exists."""
     require(k >= 2, "k", "must be at least 2", k)
-    least = 1.25 / k  # k coefficients of mean 1/k: closer to it almost every draw is rejected
-    require(least <= upper <= 1, "upper", f"must be in [1.25 / k, 1] = [{least:g}, 1]", upper)
+    require(1 / k <= upper <= 1, "upper", f"must be in [1 / k, 1] = [{1 / k:g}, 1]", upper)

@@ -1,4 +1,4 @@
-"""Refusing what cannot work: one line that names key, rule and value, before anything is computed."""
+"""Refusing what cannot work, before anything is computed: one line with key, rule and value."""
 
 _ABSENT = object()
 

@@ -178,15 +178,15 @@ def draw(
 
 
 def schedule(count: int, local: Local) -> list[Tensor]:
-    """Which of `count` probe images each local step uses: consecutive ones, cycling.
+    """Which of `count` probe images each local step uses: chunks of `batch` in order, cycling.
 
-    Step s takes images (s b, ..., s b + b - 1) modulo `count`, with b = min(batch, count). A
-    gradient is taken on all of them at once.
+    The last chunk may be smaller, as in the attacks' simulation of a client. A gradient is taken
+    on all images at once.
     """
     if local.kind == "gradient":
         return [torch.arange(count)]
-    size = min(local.batch, count) if local.batch else count
-    return [(s * size + torch.arange(size)) % count for s in range(local.steps)]
+    chunks = torch.arange(count).split(local.batch or count)
+    return [chunks[step % len(chunks)] for step in range(local.steps)]
 
 
 def joined(batches: Sequence[Batch]) -> Batch:

@@ -76,9 +76,8 @@ class Settings:
     federation: Any
 
 
-def settings(cfg: DictConfig, choices: dict[str, Any]) -> Settings:
+def settings(cfg: DictConfig, names: dict[str, str]) -> Settings:
     """Build every object of a run, or refuse."""
-    names = {group: _name(choices[group]) for group in GROUPS}
     tops = [str(k) for k in cfg if k not in GROUPS and k != "sweep"]
     values = _typed(Values, OmegaConf.masked_copy(cfg, tops), "")
     parts = {group: _part(cfg[group], group) for group in GROUPS}
@@ -96,16 +95,12 @@ def presets(group: str, folders: list[Path]) -> dict[str, Any]:
     return found
 
 
-def _name(choice: object) -> str:
-    return "+".join(map(str, choice)) if isinstance(choice, list | tuple) else str(choice)
-
-
 def _part(node: object, group: str):
     """The object that a group's node describes; several defenses side by side are composed."""
     if isinstance(node, DictConfig) and "_target_" in node:
         return _typed(locate(node["_target_"], group), node, group)
-    require(isinstance(node, DictConfig) and len(node) > 0, group, "needs _target_", node)
-    require(group == "defense", group, "takes one option", list(node))
+    several = group == "defense" and isinstance(node, DictConfig) and len(node) > 0
+    require(several, group, "must have _target_, or be a list like defense=[prune,noise]", node)
     from fedsec.defense import Compose
 
     assert isinstance(node, DictConfig)
@@ -141,7 +136,7 @@ def _typed(cls: type, node: DictConfig, group: str):
     assert isinstance(plain, dict)
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
     try:
-        return cls(**plain)
+        return cls(**{str(k): v for k, v in plain.items()})
     except Refused as refusal:
         raise (refusal.under(group) if group else refusal) from refusal
 

@@ -107,7 +107,8 @@ class Console:
         files = "  ".join(f for f in there if (run.folder / f).exists())
         self.terminal.print(f"\nwrote {run.folder}/   {files}", markup=False)
         again = f"python -m fedsec.report {run.folder.parent}"
-        self.terminal.print(f"next  {again}         python -m fedsec.run images=64 out=NEW", markup=False)
+        more = "python -m fedsec.run images=64"
+        self.terminal.print(f"next  {again}         {more}", markup=False)
 
     def trouble(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

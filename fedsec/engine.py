@@ -293,7 +293,7 @@ class _Lanes:
         self.gflop_step = 0.0
 
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
-        """Standard normal pixels (and label logits): victim v's restarts are rows v*r .. v*r+r-1."""
+        """Standard normal pixels (and label logits); a victim's restarts are consecutive rows."""
         assert len(rngs) == self.victims, "one stream for each victim"
         width = self.pixels + (0 if self.targets is not None else self.image[0] * self.classes)
         rows = [
@@ -334,9 +334,7 @@ class _Lanes:
             labels = self.targets.argmax(-1)
         steps = moves.reshape(shape).sum(1)
         said = lost.reshape(shape).sum(1).tolist()
-        flags = tuple(
-            (f"{n} of {shape[1]} restarts became non-finite",) if n else () for n in said
-        )
+        flags = tuple((f"{n} of {shape[1]} restarts became non-finite",) if n else () for n in said)
         spent = looks.reshape(shape).sum(1).double() * self.gflop_step
         return Reconstruction(images, labels, best[rows], steps, spent, flags)
 

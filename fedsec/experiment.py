@@ -67,9 +67,7 @@ def plan(
         defense.check(model)
         _encodable(settings, dataset, held, probes, defense)
     estimate = _estimate(settings, dataset, model, len(defenses))
-    return Plan(
-        settings, dataset, device, folder, config, command, probes, defenses, estimate
-    )
+    return Plan(settings, dataset, device, folder, config, command, probes, defenses, estimate)
 
 
 def perform(plan: Plan, console: Console) -> int:
@@ -262,7 +260,7 @@ class _Run:
             return
         originals = next(iter(self.shown.values()))
         groups = [
-            (f"{self.settings.names['attack']}, {name}",
+            (f"{name} (control)" if name == CONTROL else name,
              torch.stack([guess for _, guess, _ in shown]).numpy(),
              [caption for _, _, caption in shown])
             for name, shown in self.shown.items()
@@ -287,6 +285,7 @@ class _Run:
         return {
             "status": status,
             "utility": {
+                "test_images": len(self.plan.dataset.test),
                 "accuracy": own,
                 "control_accuracy": control,
                 "accuracy_loss": None if own is None or control is None else control - own,
@@ -314,7 +313,7 @@ class _Run:
             "versions": records.versions(),
             "command": self.plan.command,
             "choices": settings.names,
-            "lpips": metrics.LPIPS_NAME,
+            "metrics": {"lpips": metrics.LPIPS_NAME},
         }
 
 
@@ -389,7 +388,7 @@ def _probes(settings: Settings, held: list[Tensor]) -> tuple[tuple[int, tuple[in
     updates = values.images // size
     if settings.threat.sums_only:
         whole = values.images % (size * clients) == 0
-        rule = f"must be a multiple of clients x victim_batch = {size * clients} where only sums show"
+        rule = f"must be a multiple of clients x victim_batch = {size * clients}: only sums show"
         require(whole, "images", rule, values.images)
     orders = [h[torch.randperm(len(h), generator=stream(values.seed, "victims", c))].tolist()
               for c, h in enumerate(held)]  # fmt: skip

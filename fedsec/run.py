@@ -10,7 +10,9 @@ import re
 import shlex
 import signal
 import sys
+import traceback
 import warnings
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 
@@ -26,43 +28,59 @@ from fedsec.checks import Refused
 from fedsec.console import Console
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation")
+OPTIONS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--config-dir", "-cd",
+           "--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--version")  # fmt: skip
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
-class Ended(Exception):
-    """A run that ended with an exit status other than 0, its results written."""
-
-    def __init__(self, status: int):
-        self.status = status
+_statuses: list[int] = []  # of the runs of this process, in order
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line says; the exit status."""
     words = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGTERM, _interrupt)
+    _statuses.clear()
     try:
         sys.argv = [sys.argv[0], *prepared(words)]
-        hydra.main(version_base="1.3", config_path="../configs", config_name="run")(task)()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
     except Refused as refusal:
         return _refused(str(refusal))
-    except (HydraException, OmegaConfBaseException) as error:
-        return _refused(_one_line(error))
-    except Ended as ended:
-        return ended.status
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # from Hydra: see `task`
+        return _refused(_one_line(error, words))
     except KeyboardInterrupt:
         print("interrupted before anything was computed", file=sys.stderr)
         return 130
-    return 0
+    return max(_statuses, default=0)
 
 
-def task(cfg: DictConfig) -> None:
-    """One run, from its composed configuration."""
+def task(cfg: DictConfig) -> int:
+    """One run, from its composed configuration; its exit status.
+
+    Never raises: Hydra would print more than the one line that a refusal is worth, and end a sweep.
+    """
+    try:
+        status = _run(cfg)
+    except Refused as refusal:
+        status = _refused(str(refusal))
+    except KeyboardInterrupt:
+        print("interrupted before anything was computed", file=sys.stderr)
+        status = 130
+    except Exception:
+        traceback.print_exc()
+        status = 2
+    _statuses.append(status)
+    if status == 130 and str(HydraConfig.get().mode) == "RunMode.MULTIRUN":
+        raise KeyboardInterrupt  # ends the sweep too
+    return status
+
+
+def _run(cfg: DictConfig) -> int:
     from fedsec.records import default_folder
 
     chosen = HydraConfig.get()
-    names = {k: str(v) for k, v in chosen.runtime.choices.items() if "/" not in str(k)}
-    if names["defense"] == "composed":
-        names["defense"] = "+".join(str(k) for k in cfg.defense)
+    names = _names(cfg, chosen.runtime.choices)
     console = Console()
     grants = sorted(map(str, cfg.threat.get("grants", [])))
     console.banner(names, names["threat"], grants)
@@ -98,9 +116,21 @@ def task(cfg: DictConfig) -> None:
     threads = f", {values.threads} thread{'s' * (values.threads > 1)}"
     device = plan.device + (threads if plan.device == "cpu" else "")
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
-    status = experiment.perform(plan, console)
-    if status:
-        raise Ended(status)
+    return experiment.perform(plan, console)
+
+
+def _names(cfg: DictConfig, choices: Mapping[str, object]) -> dict[str, str]:
+    """The option chosen of each group; `prune+noise` for several defenses."""
+    names = {}
+    for group in GROUPS:
+        chosen = choices.get(group)
+        if not isinstance(chosen, str):
+            way = "sweep with -m and commas" if group != "defense" else "quote it"
+            raise Refused(group, f"takes one option; {way}", "a list")
+        names[group] = chosen
+    if names["defense"] == "composed":
+        names["defense"] = "+".join(str(k) for k in cfg.defense or ()) or "composed"
+    return names
 
 
 def prepared(words: list[str]) -> list[str]:
@@ -111,6 +141,8 @@ def prepared(words: list[str]) -> list[str]:
     """
     out: list[str] = []
     for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
+            raise Refused("command line", f"must be among {', '.join(OPTIONS)}, or key=value", word)
         found = LIST.match(word)
         if not found:
             out.append(word)
@@ -141,19 +173,31 @@ def _refused(line: str) -> int:
     return 1
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, words: list[str]) -> str:
     """Hydra's and OmegaConf's exceptions as `key: rule, got value`."""
     text = str(error)
-    option = re.search(r"Could not find '([\w./-]+)/([^'/]+)'", text)
+    given = dict(w.lstrip("+~").split("=", 1) for w in words if "=" in w)
+
+    def about(key: str, rule: str) -> str:
+        return f"{key}: {rule}" + (f", got {given[key]}" if key in given else "")
+
+    option = re.search(r"Could not find '([\w./-]+)/([^'/]*)'", text)
     if option:
-        known = re.findall(r"^\t(\S+)", text, re.MULTILINE)
-        return f"{option[1]}: must be among {', '.join(known)}, got {option[2]}"
+        known = re.findall(r"^\t(\w+)$", text.partition("Config search path")[0], re.MULTILINE)
+        known = ", ".join(k for k in known if k != "composed")
+        return f"{option[1]}: must be among {known}, got {option[2] or 'nothing'}"
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
-        return f"{key[1]}: no such key; configs/ lists them"
-    group = re.search(r"Could not override '?([\w.@/-]+)'?\.?\s*No match in the defaults", text)
-    if group:
-        return f"{group[1]}: no such group"
+        return about(key[1], "no such key")
+    unparsed = re.search(r"Error parsing override '([^']*)'", text)
+    if unparsed:
+        return f"command line: must be key=value, got {unparsed[1]}"
+    many = re.search(r"Ambiguous value for argument '([\w.]+)=([^']*)'", text)
+    if many:
+        return f"{many[1]}: takes one value; sweep over several with -m, got {many[2]}"
+    nulls = [k for k, v in given.items() if v in ("null", "None")]
+    if isinstance(error, ValueError) and nulls:
+        return f"{nulls[0]}: must name an option, got null"
     return " ".join(text.split())[:300]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,7 +122,7 @@ class Observation:
     def grants(self) -> tuple[str, ...]:
         return tuple(sorted(name for name in self.__dict__ if name in FACTS))
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if name in FACTS:
             grants = ", ".join(self.grants)
             raise Withheld(f"threat={self._threat} withholds '{name}'; it grants {grants}")
@@ -151,7 +152,8 @@ class ThreatModel:
 
     def observe(self, stack: Stack) -> Observation:
         """Copy the granted facts out of exchanges that share one model and one batch size."""
-        assert len({e.round for e in stack}) == 1 and len({len(e.batch) for e in stack}) == 1
+        assert len({e.round for e in stack}) == 1
+        assert len({len(e.batch) for e in stack}) == 1
         return Observation(self.name, {fact: FACTS[fact](stack) for fact in self.grants})
 
 

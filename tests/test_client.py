@@ -208,16 +208,32 @@ def test_the_count_does_not_tell_what_poisson_sampling_drew():
     assert counts == {5}
 
 
-@pytest.mark.parametrize(("count", "size", "steps"), [(1, 4, 3), (5, 2, 4), (8, 8, 1), (6, 4, 2)])
-def test_a_probe_cycles_through_its_images(count, size, steps):
-    cycle = [i % count for i in range(100)]
-    size_used = min(size, count)
-    plain = [cycle[s * size_used : (s + 1) * size_used] for s in range(steps)]
+@pytest.mark.parametrize(
+    ("count", "size", "steps", "plain"),
+    [
+        (1, 4, 3, [[0], [0], [0]]),
+        (5, 2, 4, [[0, 1], [2, 3], [4], [0, 1]]),
+        (4, 2, 3, [[0, 1], [2, 3], [0, 1]]),
+        (3, 3, 1, [[0, 1, 2]]),
+    ],
+)
+def test_a_probe_cycles_through_its_images(count, size, steps, plain):
     spec = FedAvg(lr=1.0, batch=size, steps=steps)
     assert [s.tolist() for s in schedule(count, spec.local)] == plain
-    assert [s.tolist() for s in schedule(count, Gradient(lr=1.0, batch=size).local)] == [
-        list(range(count))
-    ]
+    at_once = schedule(count, Gradient(lr=1.0, batch=size).local)
+    assert [s.tolist() for s in at_once] == [list(range(count))]
+
+
+@pytest.mark.parametrize("spec", [Gradient(lr=0.1, batch=2), FedAvg(lr=0.1, batch=2, steps=4)])
+def test_an_attack_simulates_the_very_same_update(spec):
+    from fedsec.engine import simulate
+
+    model, private = network(), batch(5)
+    steps = [Batch(private.images[i], private.targets[i]) for i in schedule(5, spec.local)]
+    update, _ = local_update(model, steps, Defense(), spec.local, RNGS, 2)
+    simulated = simulate(model, private.images, private.targets, spec.local)
+    for name, tensor in update.tensors.items():
+        torch.testing.assert_close(simulated[name], tensor, rtol=1e-4, atol=1e-6)
 
 
 def test_the_mean_is_the_plain_formula():

@@ -108,7 +108,7 @@ def hidden(defense: DPSGD, model: nn.Module, batch: Batch) -> bool:
 
     Each bound is five or more standard errors wide.
     """
-    expected, steps = 5, 400
+    expected, steps = 5, 300
     quiet = flat(
         replace(defense, noise_multiplier=0.0).gradients(model, batch, stream(0), expected)
     )
@@ -200,7 +200,7 @@ DP = {"clip": 0.05, "noise_multiplier": 1.3, "delta": 1e-5}
 
 def test_dpsgd_keeps_its_guarantee(model):
     assert bounded(DPSGD(**DP), model, batch_of(6))
-    assert hidden(DPSGD(**DP), model, batch_of(3))
+    assert hidden(DPSGD(**DP), model, batch_of(2))
     assert hidden(DPSGD(**DP), model, batch_of(0))  # an empty draw is hidden as well
 
 
@@ -223,7 +223,7 @@ def test_what_leaves_an_example_unbounded_is_found(model, broken):
     ],
 )
 def test_what_leaves_an_example_unhidden_is_found(model, broken):
-    assert not hidden(broken(**DP), model, batch_of(3))
+    assert not hidden(broken(**DP), model, batch_of(2))
 
 
 @pytest.mark.parametrize("clip", [1e-3, 0.9, 1e3])  # all, some and none of the examples are cut
@@ -232,7 +232,7 @@ def test_dpsgd_without_noise_is_the_plain_loop(model, clip, monkeypatch):
     defense = DPSGD(clip=clip, noise_multiplier=0.0, delta=1e-5)
     expected = one_by_one(model, batch, clip, 4)
     for memory in (2**28, 1):  # one chunk; nine chunks
-        monkeypatch.setattr(dpsgd, "CHUNK_BYTES", memory)
+        monkeypatch.setitem(dpsgd.CHUNK_BYTES, "cpu", memory)
         got = defense.gradients(model, batch, stream(0), 4)
         assert list(got) == [k for k, p in model.named_parameters() if p.requires_grad]
         assert (flat(got) - flat(expected)).abs().max() < 1e-14 * max(1.0, clip)
@@ -286,7 +286,7 @@ def pairs(batch: Batch):
 def test_noise_does_not_depend_on_chunks(model, monkeypatch):
     batch, defense = batch_of(6), DPSGD(**DP)
     whole = defense.gradients(model, batch, stream(3), 6)
-    monkeypatch.setattr(dpsgd, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(dpsgd.CHUNK_BYTES, "cpu", 1)
     assert (flat(defense.gradients(model, batch, stream(3), 6)) - flat(whole)).abs().max() < 1e-15
 
 
@@ -444,7 +444,7 @@ def encodings_of_fifty(defense):
         yield defense.batch(whole, rng), whole
 
 
-@pytest.mark.parametrize(("k", "upper"), [(2, 0.65), (4, 0.65), (4, 0.32), (6, 1.0)])
+@pytest.mark.parametrize(("k", "upper"), [(2, 0.65), (4, 0.65), (4, 0.25), (6, 1.0), (16, 0.1)])
 def test_mixup_mixes_images_and_targets_alike_in_every_batch(k, upper):
     for encoded, private in encodings_of_fifty(Mixup(k=k, upper=upper)):
         assert len(encoded) == len(private)
@@ -619,7 +619,7 @@ def test_composition_keeps_a_guarantee_only_where_it_holds():
         (Prune, {"ratio": -0.1}, "ratio"),
         (Prune, {"ratio": math.nan}, "ratio"),
         (Mixup, {"k": 1, "upper": 1.0}, "k"),
-        (Mixup, {"k": 4, "upper": 0.25}, "upper"),  # no draw would ever pass
+        (Mixup, {"k": 4, "upper": 0.24}, "upper"),  # no four coefficients could pass
         (Mixup, {"k": 4, "upper": 1.1}, "upper"),
         (InstaHide, {"k": 0, "upper": 0.65}, "k"),
         (InstaHide, {"k": 4, "upper": math.nan}, "upper"),

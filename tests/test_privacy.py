@@ -58,7 +58,7 @@ def test_orders_are_wide_enough_at_both_ends():
 
 
 def test_a_long_run_fits_in_memory_and_stays_a_bound():
-    # with Opacus's error of 0.01 the grid would have 1.5e7 points
+    # with Opacus's error of 0.01 the grid would have 8e6 points
     prv, rdp = (epsilon(1.0, 0.01, 100_000, 1e-5, accountant=a) for a in ("prv", "rdp"))
     assert 0.8 * rdp < prv < rdp
 
