@@ -11,15 +11,18 @@ from fedsec.checks import Refused
 from fedsec.models import first_layer
 from fedsec.types import Local, Reconstruction
 
+NEURONS = 2048  # read per victim, those with the largest bias gradients
+
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Attack):
     """Reads images off the first layer's gradient (Phong et al. 2018, section 3; no optimisation).
 
     For weights W and bias b, row i of dW over entry i of db is the input: exactly, when one image
-    alone drove neuron i; else a mean weighted by what each image passed back. With one image, the
-    neuron with the largest bias gradient is read. With more, rows are read from large to small bias
-    gradient, those outside the data range (certainly mixtures) and repetitions last.
+    alone drove neuron i; else a mean weighted by what each image passed back. Several neurons that
+    agree on an image certify it, since mixtures differ; rows outside the data range are mixtures.
+    So the images that most neurons agree on are returned, each once; the largest bias gradients
+    decide between equals. With one image all neurons agree.
     """
 
     needs = frozenset({"model", "update|aggregate", "count", "shape", "data_range"})
@@ -57,7 +60,7 @@ class Linear(Attack):
 def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The `count` most credible images [b, c, h, w] among the neurons of one victim."""
     order = bias.abs().argsort(descending=True)
-    order = order[bias[order] != 0][: 64 * seen.count]
+    order = order[bias[order] != 0][:NEURONS]
     normalise = seen.model.normalise
     flat = rows[order] / bias[order, None]
     images = flat.reshape(-1, *seen.shape) * normalise.std + normalise.mean
@@ -66,8 +69,15 @@ def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     low, high = seen.data_range
     outside = (low - images).clamp_min(0) + (images - high).clamp_min(0)
     mixture = outside.flatten(1).amax(1) > 1e-3 * (high - low)
-    near = torch.cdist(images.flatten(1), images.flatten(1)) < 1e-2 * flat.shape[1] ** 0.5
-    repeated = near.tril(-1).any(1)
-    credible = (mixture.long() + 2 * repeated.long()).argsort(stable=True)[: seen.count]
-    picked = images[credible]
+    same = _equal(images.flatten(1), 1e-3 * (high - low))
+    told = torch.where(mixture, 0, same.sum(1))
+    first = ~same.tril(-1).any(1)
+    credible = torch.where(first, told, -1).argsort(descending=True, stable=True)
+    picked = images[credible[: seen.count]]
     return torch.cat([picked, picked[:1].expand(seen.count - len(picked), *seen.shape)])
+
+
+def _equal(rows: torch.Tensor, within: float) -> torch.Tensor:
+    """Which rows equal which, up to a root mean square difference: [n n], true on the diagonal."""
+    exact = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(rows, rows, compute_mode=exact) <= within * rows.shape[1] ** 0.5

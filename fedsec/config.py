@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Values:
         require(self.threads >= 1, "threads", "must be at least 1", self.threads)
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
+        require(self.out != "", "out", "must name a folder", "nothing")
         rounds = self.attack_rounds
         require(len(rounds) > 0, "attack_rounds", "must name at least one round", list(rounds))
         for r in rounds:
@@ -130,9 +132,10 @@ def _typed(cls: type, node: DictConfig, group: str):
         checked = OmegaConf.merge(OmegaConf.structured(cls), given)
         plain = OmegaConf.to_container(checked, resolve=True, throw_on_missing=True)
     except (ValidationError, ConfigKeyError, OmegaConfBaseException) as error:
-        key = error.full_key or error.key or ""
-        got = OmegaConf.select(given, str(key)) if key else None
-        raise Refused(f"{prefix}{key}", _rule(error, fields.get(str(key))), got) from error
+        key = re.split(r"[.\[]", str(error.full_key or error.key or ""))[0]
+        got = OmegaConf.select(given, key) if key else None
+        rule = _rule(error, fields.get(key))
+        raise Refused(f"{prefix}{key}", rule, "null" if got is None else got) from error
     assert isinstance(plain, dict)
     plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
     try:
@@ -144,5 +147,8 @@ def _typed(cls: type, node: DictConfig, group: str):
 def _rule(error: OmegaConfBaseException, field: dataclasses.Field | None) -> str:
     if field is not None:
         kind = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", "")
+        inner = re.match(r"tuple\[(\w+)", kind)
+        if inner:
+            return f"must be a list of type {inner[1]}, like [0,2]"
         return f"must be of type {kind}" if kind else "has the wrong type"
     return str(error.msg or error).splitlines()[0]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fedsec.checks import Refused
+from fedsec.rng import stream
 from fedsec.types import Batch, Tensors, Update
 
 
@@ -68,7 +69,10 @@ class Defense:
 
 @dataclass(frozen=True)
 class Compose(Defense):
-    """Several defenses, applied left to right. At most one may replace the gradient step."""
+    """Several defenses, applied left to right. At most one may replace the gradient step.
+
+    Each draws from a stream of its own, so that adding one shifts no other's draws.
+    """
 
     parts: Sequence[Defense]
 
@@ -77,6 +81,10 @@ class Compose(Defense):
         if len(stepping) > 1:
             names = ", ".join(type(p).__name__.lower() for p in stepping)
             raise Refused("defense", "at most one defense may compute the gradient", names)
+        if self.poisson and self.mixes:
+            why = "mixing lets one example touch several clipped gradients, so that no epsilon holds"
+            names = ", ".join(type(p).__name__.lower() for p in self.parts)
+            raise Refused("defense", f"do not combine: {why}", names)
 
     @property
     def poisson(self) -> bool:  # type: ignore[override]
@@ -88,7 +96,7 @@ class Compose(Defense):
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:
-            batch = part.batch(batch, rng)
+            batch = part.batch(batch, _own(rng, part))
         return batch
 
     def gradients(
@@ -96,21 +104,22 @@ class Compose(Defense):
     ) -> Tensors:
         for part in self.parts:
             if type(part).gradients is not Defense.gradients:
-                return part.gradients(model, batch, rng, expected)
+                return part.gradients(model, batch, _own(rng, part), expected)
         return super().gradients(model, batch, rng, expected)
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
         for part in self.parts:
-            update = part.update(update, rng)
+            update = part.update(update, _own(rng, part))
         return update
 
     def privacy(self, training: Training) -> Privacy | None:
         claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
-        if claims and self.mixes:
-            why = "mixing lets one example touch several clipped gradients: no bound holds"
-            return Privacy(None, claims[0].delta, None, reason=why)
         return claims[0] if claims else None
 
     def check(self, model: nn.Module) -> None:
         for part in self.parts:
             part.check(model)
+
+
+def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
+    return stream(rng.initial_seed(), type(part).__name__)

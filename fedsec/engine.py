@@ -8,14 +8,14 @@ non-finite, and talks to the device only to report progress.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 from fedsec.attack import Progress
@@ -85,20 +85,22 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
 State = dict[str, Tensor]  # each tensor has the lanes as its leading axis
 
 
-class StepRule(Protocol):
+class StepRule(ABC):
     """How a lane moves. Lanes never see each other: every operation is per row."""
 
-    def start(self, x: Float[Tensor, "l d"]) -> State: ...
+    @abstractmethod
+    def start(self, x: Float[Tensor, "l d"]) -> State:
+        """What a run from `x` remembers."""
 
+    @abstractmethod
     def step(
         self, x: Tensor, gradient: Tensor, state: State, step: int, scale: float
     ) -> tuple[Tensor, State, Tensor]:
         """Next point, next state, and which lanes [l] can go no further."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adam:
+class Adam(StepRule):
     """Adam (Kingma and Ba 2015); `signed` replaces the gradient by its sign first."""
 
     lr: float
@@ -121,7 +123,7 @@ class Adam:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LBFGS:
+class LBFGS(StepRule):
     """L-BFGS with a fixed step length and no line search: torch.optim.LBFGS, one lane a row."""
 
     lr: float = 1.0
@@ -289,7 +291,9 @@ class _Lanes:
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
-        self._lane = vmap(self._one, randomness="error")
+        # the outer gradient is taken inside vmap: autograd's, of what vmap returns, is wrong for
+        # BatchNorm in train mode (PyTorch 2.15), which a test compares with plain autograd
+        self._lane = vmap(grad_and_value(self._one), randomness="error")
         self.gflop_step = 0.0
 
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
@@ -315,10 +319,8 @@ class _Lanes:
 
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Each lane's objective [l] and its gradient [l d]."""
-        x = x.detach().requires_grad_()
-        loss = self._lane(*self._inputs(x, active))
-        (gradient,) = torch.autograd.grad(loss.sum(), x)
-        return loss.detach(), gradient
+        gradient, loss = self._lane(x, *self._facts(active))
+        return loss, gradient
 
     def reconstruction(
         self, best: Tensor, best_x: Tensor, moves: Tensor, looks: Tensor, lost: Tensor
@@ -344,13 +346,17 @@ class _Lanes:
     def _logits(self, x: Tensor) -> Tensor:
         return x[:, self.pixels :].reshape(-1, self.image[0], self.classes)
 
-    def _inputs(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor, Tensors]:
+    def _facts(self, active: Tensor) -> tuple[Tensor, Tensors]:
+        """What each active lane is told: its victim's targets (or none) and update."""
         victim = active // self.search.restarts
-        given = self._logits(x) if self.targets is None else self.targets[victim]
-        return self._normalised(x), given, {k: t[victim] for k, t in self.observed.items()}
+        targets = victim if self.targets is None else self.targets[victim]
+        return targets, {k: t[victim] for k, t in self.observed.items()}
 
-    def _one(self, pixels: Tensor, given: Tensor, observed: Tensors) -> Tensor:
-        targets = given.softmax(-1) if self.targets is None else given
+    def _one(self, x: Float[Tensor, " d"], targets: Tensor, observed: Tensors) -> Tensor:
+        """One lane's objective."""
+        pixels = self._normalised(x[None])[0]
+        if self.targets is None:
+            targets = self._logits(x[None])[0].softmax(-1)
         update = simulate(self.model, pixels * self.std + self.mean, targets, self.local)
         loss = self.search.distance(update, observed)
         for weight, prior in self.search.priors:
@@ -359,7 +365,5 @@ class _Lanes:
 
     def _plain_step(self, x: Tensor) -> None:
         """The first lane's step without vmap, so that its arithmetic can be counted."""
-        x = x.detach().requires_grad_()
-        pixels, given, observed = self._inputs(x, torch.zeros(1, dtype=torch.long))
-        loss = self._one(pixels[0], given[0], {k: t[0] for k, t in observed.items()})
-        torch.autograd.grad(loss, x)
+        targets, observed = self._facts(torch.zeros(1, dtype=torch.long))
+        grad(self._one)(x[0], targets[0], {k: t[0] for k, t in observed.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from fedsec import cost, match, metrics, records, report
 from fedsec.attack import Attack
 from fedsec.checks import Refused, require
+from fedsec.client import schedule
 from fedsec.config import Settings
 from fedsec.console import Console
 from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense, Privacy
-from fedsec.federation import Federated, Job, accuracy, federate, shares, summed
+from fedsec.federation import Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel, admit
 from fedsec.types import Batch, Exchange, Reconstruction
@@ -60,6 +61,7 @@ def plan(
     job = _job(settings, device, (), settings.defense)
     held = shares(dataset, job.federation, values.clients, values.seed)
     probes = () if values.victim_batch == "same" else _probes(settings, held)
+    check(_job(settings, device, probes, settings.defense))
     rng = stream(values.seed, "model")
     model = settings.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
     attack.check(model)
@@ -86,11 +88,12 @@ def perform(plan: Plan, console: Console) -> int:
         why = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         (plan.folder / "error.txt").write_text(traceback.format_exc())
         console.trouble(traceback.format_exc())
-    writer.finish(run.summary(status, why))
     run.pictures()
-    done = records.read(plan.folder)
-    report.write([done], plan.folder / records.REPORT)
-    console.result(done, why)
+    summary = run.summary(status, why)
+    written = replace(records.read(plan.folder), run=records.filled(summary))
+    report.write([written], plan.folder / records.REPORT)
+    writer.finish(summary)  # last: run.json says that nothing more will come
+    console.result(written, why)
     return code
 
 
@@ -158,8 +161,6 @@ class _Run:
 
     def _informed(self, exchange: Exchange) -> Exchange:
         """The exchange with the public images that its threat model grants."""
-        from dataclasses import replace
-
         grants, dataset = self.settings.threat.grants, self.plan.dataset
         if "aux" in grants:  # the test split is public; utility is measured on it all the same
             rng = stream(self.values.seed, "aux")
@@ -255,18 +256,25 @@ class _Run:
         self.rows += rows
 
     def pictures(self) -> None:
-        """grid.png: the originals over a row for each defense."""
+        """grid.png: the originals over a row for each defense.
+
+        A defense that draws other training batches than the first gets a row of its own originals;
+        images that an interrupted run did not reach are grey.
+        """
         if not self.shown:
             return
-        originals = next(iter(self.shown.values()))
-        groups = [
-            (f"{name} (control)" if name == CONTROL else name,
-             torch.stack([guess for _, guess, _ in shown]).numpy(),
-             [caption for _, _, caption in shown])
-            for name, shown in self.shown.items()
-        ]  # fmt: skip
-        truth = torch.stack([t for t, _, _ in originals]).numpy()
-        report.grid(self.plan.folder / records.GRID, truth, groups)
+        originals = [truth for truth, _, _ in next(iter(self.shown.values()))]
+        count, grey = len(originals), torch.full_like(originals[0], 0.5)
+        rows = []
+        for name, shown in self.shown.items():
+            missing = [(grey, grey, "not reached")] * (count - len(shown))
+            truths, guesses, captions = zip(*(shown[:count] + missing), strict=True)
+            alike = all(torch.equal(t, o) for (t, _, _), o in zip(shown, originals, strict=False))
+            if not alike:
+                rows.append((f"original, {name}", torch.stack(truths).numpy(), [""] * count))
+            title = f"{name} (control)" if name == CONTROL else name
+            rows.append((title, torch.stack(guesses).numpy(), list(captions)))
+        report.grid(self.plan.folder / records.GRID, torch.stack(originals).numpy(), rows)
 
     def summary(self, status: str, why: str) -> dict[str, Any]:
         """What run.json holds; the defense's numbers, with the control's beside them."""
@@ -404,13 +412,16 @@ def _probes(settings: Settings, held: list[Tensor]) -> tuple[tuple[int, tuple[in
 
 
 def _encodable(settings: Settings, dataset: Dataset, held, probes, defense: Defense) -> None:
-    """Refuse batches that a mixing defense cannot encode, the smallest first."""
-    sizes = [min(settings.client.batch, min(len(h) for h in held))]
-    if probes:
-        sizes.append(min(len(indices) for _, indices in probes))
-    for size in sorted(sizes):
+    """Refuse batches, of the training or of a probe's local steps, that mixing cannot encode."""
+    local = settings.client.local
+    trained = min(local.batch, min(len(h) for h in held))
+    probed = [len(chunk) for _, indices in probes for chunk in schedule(len(indices), local)]
+    for key, size in (("client.batch", trained), ("victim_batch", min(probed, default=0))):
         batch = dataset.train.batch(held[0][:size], dataset.classes)
-        defense.batch(batch, stream(0, "trial"))
+        try:
+            defense.batch(batch, stream(0, "trial"))
+        except Refused as wrong:
+            raise Refused(key, wrong.rule, wrong.got) from None
 
 
 def _estimate(settings: Settings, dataset: Dataset, model: nn.Module, defenses: int) -> float:

@@ -199,7 +199,7 @@ def federate(job: Job, dataset: Any, progress: Callable[[int, int], None]) -> Fe
     """
     from fedsec.flower import run
 
-    _check(job)
+    check(job)
     start = time.perf_counter()
     site = Site(job, dataset)
     job.defense.check(site.model)
@@ -218,7 +218,8 @@ def federate(job: Job, dataset: Any, progress: Callable[[int, int], None]) -> Fe
     return Federated(_exchanges(site, taps), model, seconds, training)
 
 
-def _check(job: Job) -> None:
+def check(job: Job) -> None:
+    """Refuse rounds and probes that the federation cannot serve."""
     require(job.clients >= 1, "clients", "must be at least 1", job.clients)
     require(job.rounds >= 0, "rounds", "must be at least 0", job.rounds)
     for r in job.attack_rounds:

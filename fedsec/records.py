@@ -132,7 +132,7 @@ class Records:
     def finish(self, run: Mapping[str, object]) -> None:
         """Write run.json, whole or not at all. Raises NotSaved."""
         assert run.get("status") in STATUS, run.get("status")
-        text = json.dumps(_filled(run), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(filled(run), indent=2, allow_nan=False) + "\n"
         path = self.folder / RUN
         half = path.with_suffix(".tmp")
         try:
@@ -257,7 +257,7 @@ def _row(row: Row) -> dict:
     return values | {"flags": flags}
 
 
-def _filled(run: Mapping[str, object]) -> dict:
+def filled(run: Mapping[str, object]) -> dict:
     """`run` with every field of the contract; what is missing is null, with a flag."""
     flags = [str(flag) for flag in _listed(run.get("flags"))]
     values: dict[str, Any] = {key: _plain(value, key, flags) for key, value in run.items()}

@@ -20,17 +20,19 @@ os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions reach us, and b
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsec.checks import Refused
+from fedsec.checks import Refused, require
 from fedsec.console import Console
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation")
-OPTIONS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--config-dir", "-cd",
-           "--cfg", "-c", "--info", "-i", "--package", "-p", "--resolve", "--version")  # fmt: skip
+# Hydra's options that make sense here, and the values that each of them takes.
+FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "--info")
+SHOWN = ("job", "hydra", "all")
+VALUED = {"--cfg": SHOWN, "-c": SHOWN, "--config-dir": None, "-cd": None}  # None: a folder
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
@@ -50,8 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # from Hydra: see `task`
         return _refused(_one_line(error, words))
     except KeyboardInterrupt:
-        print("interrupted before anything was computed", file=sys.stderr)
+        if not _statuses:
+            print("interrupted before anything was computed", file=sys.stderr)
         return 130
+    except SystemExit as stop:  # after Hydra's help
+        return 1 if stop.code else 0
     return max(_statuses, default=0)
 
 
@@ -140,9 +145,8 @@ def prepared(words: list[str]) -> list[str]:
     `defense.prune.ratio=0.5` reaches it; a sweep gets a folder.
     """
     out: list[str] = []
-    for word in words:
-        if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
-            raise Refused("command line", f"must be among {', '.join(OPTIONS)}, or key=value", word)
+    values, options = _parted(words)
+    for word in values:
         found = LIST.match(word)
         if not found:
             out.append(word)
@@ -151,13 +155,36 @@ def prepared(words: list[str]) -> list[str]:
         if len(set(parts)) != len(parts) or not parts:
             raise Refused("defense", "must name different defenses", found[2] or "[]")
         out += ["defense=composed", *(f"+defense@defense.{p}={p}" for p in parts)]
-    sweeps = [w for w in out if w in ("-m", "--multirun") or w.startswith("sweep=")]
+    sweeps = {"-m", "--multirun"} & set(options) or any(w.startswith("sweep=") for w in out)
     if sweeps:
         given = [w.partition("=")[2] for w in out if w.startswith("out=")]
         folder = given[-1] if given else _fresh(Path("outputs") / date.today().isoformat())
         out += [] if given else [f"out={folder}"]
         out += [f"hydra.sweep.dir={folder}"]
-    return out
+    return out + options
+
+
+def _parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """Values and options, each in one piece: Hydra's parser stops at values on both sides."""
+    values: list[str] = []
+    options: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            values.append(word)
+        elif name in VALUED:
+            value = value if equals else next(rest, "")
+            choices = VALUED[name]
+            rule = "must be a folder" if choices is None else f"must be among {', '.join(choices)}"
+            fits = Path(value).is_dir() and value if choices is None else value in choices
+            require(bool(fits), name, rule, value or "nothing")
+            options += [name, value]
+        else:
+            known = ", ".join((*FLAGS, *VALUED))
+            require(word in FLAGS, "command line", f"must be key=value, or among {known}", word)
+            options.append(word)
+    return values, options
 
 
 def _fresh(parent: Path) -> Path:
@@ -189,16 +216,16 @@ def _one_line(error: Exception, words: list[str]) -> str:
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
         return about(key[1], "no such key")
-    unparsed = re.search(r"Error parsing override '([^']*)'", text)
-    if unparsed:
-        return f"command line: must be key=value, got {unparsed[1]}"
+    if isinstance(error, OverrideParseException):
+        return f"command line: must be key=value, got {error.override or 'nothing'}"
     many = re.search(r"Ambiguous value for argument '([\w.]+)=([^']*)'", text)
     if many:
-        return f"{many[1]}: takes one value; sweep over several with -m, got {many[2]}"
+        both = f", or compose them: defense=[{many[2]}]" if many[1] == "defense" else ""
+        return f"{many[1]}: takes one value; sweep over several with -m{both}, got {many[2]}"
     nulls = [k for k, v in given.items() if v in ("null", "None")]
     if isinstance(error, ValueError) and nulls:
         return f"{nulls[0]}: must name an option, got null"
-    return " ".join(text.split())[:300]
+    return f"command line: {' '.join(text.split())[:300]}"
 
 
 def _interrupt(signum: int, frame: object) -> None:

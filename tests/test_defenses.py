@@ -597,12 +597,17 @@ def test_composition_keeps_a_guarantee_only_where_it_holds():
     private, training = DPSGD(**DP), Training(steps=10, examples=500, batch=10)
     alone = private.privacy(training)
     assert Compose([private, Prune(ratio=0.5)]).privacy(training) == alone  # post-processing
-    mixed = Compose([Mixup(k=4, upper=0.65), private]).privacy(training)
-    assert mixed is not None
-    assert mixed.epsilon is None
-    assert "mixing" in mixed.reason
-    with pytest.raises(Refused):
+    with pytest.raises(Refused, match="no epsilon holds"):
+        Compose([Mixup(k=4, upper=0.65), private])
+    with pytest.raises(Refused, match="at most one"):
         Compose([private, private])
+
+
+def test_composing_shifts_no_draw():
+    noise, update = Noise(std=1.0, distribution="gaussian"), update_of()
+    alone = Compose([noise]).update(update, stream(0))
+    beside = Compose([Prune(ratio=0.0), noise]).update(update, stream(0))
+    assert torch.equal(flat(alone.tensors), flat(beside.tensors))
 
 
 @pytest.mark.parametrize(

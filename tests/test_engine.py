@@ -1,0 +1,363 @@
+"""The matching engine against plain twins: autograd, torch.optim, one lane at a time."""
+
+import pytest
+import torch
+from torch.func import vmap
+from torch.nn import functional as F
+
+from fedsec import cost, engine
+from fedsec.client import FedAvg, Gradient, client_streams, local_update
+from fedsec.defense import Compose
+from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ResNet18Spec, ResNetSpec
+from fedsec.rng import stream
+from fedsec.threat import Observation
+from fedsec.types import Batch, Local, Update
+
+SHAPE, CLASSES = (3, 12, 12), 5
+GRADIENT = Local(kind="gradient", lr=1.0)
+
+MODELS = {
+    "lenet": LeNetSpec(),
+    "mlp": MLPSpec(hidden=(16, 16)),
+    "mlp batch": MLPSpec(hidden=(16,), norm="batch"),
+    "convnet": ConvNetSpec(width=2),
+    "convnet group": ConvNetSpec(width=2, norm="group"),
+    "resnet8": ResNetSpec(depth=8, width=4),
+    "resnet18": ResNet18Spec(width=2),
+}
+
+
+def built(name: str, mode: str = "eval", seed: int = 0, dtype=torch.float64):
+    model = MODELS[name].build(SHAPE, CLASSES, (0.5,) * 3, (0.25,) * 3, stream(seed, "model"))
+    return model.to(dtype).train(mode == "train")
+
+
+def private(count: int, seed: int = 0, dtype=torch.float64) -> Batch:
+    rng = stream(seed, "private")
+    images = torch.rand(count, *SHAPE, generator=rng).to(dtype)
+    return Batch(images, torch.eye(CLASSES, dtype=dtype)[torch.randint(CLASSES, (count,))])
+
+
+def observed(model, batches: list[Batch], local: Local = GRADIENT, **facts) -> Observation:
+    updates = [engine.simulate(model, b.images, b.targets, local) for b in batches]
+    stacked = {k: torch.stack([u[k] for u in updates]).detach() for k in updates[0]}
+    for p in model.parameters():
+        p.requires_grad_(False)
+    known = {"model": model, "update": Update(stacked, {}, len(batches[0])), "shape": SHAPE}
+    return Observation("test", known | {"count": len(batches[0]), "data_range": (0.0, 1.0)} | facts)
+
+
+def nothing(step: int, steps: int, loss: float) -> None:
+    pass
+
+
+def rngs(victims: int, seed: int = 0):
+    return [stream(seed, "attack", v) for v in range(victims)]
+
+
+def signed(steps: int, **more) -> engine.Search:
+    rule = engine.Adam(lr=0.1, signed=True)
+    tv = ((1e-2, engine.total_variation),)
+    search = {"distance": engine.cosine, "rule": rule, "steps": steps, "priors": tv, "boxed": True}
+    return engine.Search(**(search | more))
+
+
+# ---- the simulated update -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", MODELS)
+def test_simulate_equals_what_a_client_sends(name, mode):
+    model, batch = built(name, mode), private(3)
+    for spec in (Gradient(lr=0.1, batch=3), FedAvg(lr=0.1, batch=3, steps=3)):
+        steps = [batch] * spec.local.steps
+        rng = client_streams(0, 0, 0, "train")
+        sent, _ = local_update(model, steps, Compose(()), spec.local, rng, 3)
+        guess = engine.simulate(model, batch.images, batch.targets, spec.local)
+        assert guess.keys() == sent.tensors.keys()
+        for k in guess:
+            torch.testing.assert_close(guess[k], sent.tensors[k], rtol=1e-9, atol=1e-12)
+
+
+def test_simulate_cycles_over_chunks_as_a_probe_does():
+    model, batch = built("mlp"), private(4)
+    local = Local(kind="fedavg", lr=0.2, steps=3, batch=2)
+    halves = [Batch(batch.images[i : i + 2], batch.targets[i : i + 2]) for i in (0, 2, 0)]
+    sent, _ = local_update(model, halves, Compose(()), local, client_streams(0, 0, 0), 2)
+    guess = engine.simulate(model, batch.images, batch.targets, local)
+    for k in guess:
+        torch.testing.assert_close(guess[k], sent.tensors[k], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", MODELS)
+def test_lane_gradients_equal_a_plain_double_backward(name, mode):
+    """The stacked objective and its gradient against autograd's create_graph, one lane a time."""
+    model = built(name, mode)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    targets = private(2).targets
+    seen = observed(model, [private(2, seed=v) for v in range(2)])
+    search = signed(1, restarts=2)
+    lanes = engine._Lanes(seen, targets.expand(2, -1, -1), search)
+    x = torch.randn(4, lanes.pixels, dtype=torch.float64)
+    loss, gradient = lanes.objective(x, torch.arange(4))
+
+    for lane in range(4):
+        z = x[lane].reshape(2, *SHAPE).clone().requires_grad_()
+        params = [p.requires_grad_() for p in model.parameters()]
+        out = F.cross_entropy(model(z * 0.25 + 0.5), targets)
+        inner = torch.autograd.grad(out, params, create_graph=True)
+        goal = [seen.update.tensors[k][lane // 2] for k, _ in model.named_parameters()]
+        g, t = (torch.cat([p.flatten() for p in some]) for some in (inner, goal))
+        twin = 1 - g @ t / (g.norm() * t.norm())
+        twin = twin + 1e-2 * (
+            (z[:, :, 1:] - z[:, :, :-1]).abs().mean() + (z[..., 1:] - z[..., :-1]).abs().mean()
+        )
+        (expected,) = torch.autograd.grad(twin, z)
+        torch.testing.assert_close(loss[lane], twin.detach(), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(gradient[lane], expected.flatten(), rtol=1e-6, atol=1e-9)
+    for k, v in model.state_dict().items():
+        assert torch.equal(v, state[k]), f"the attack changed {k}"
+
+
+# ---- distances and priors -----------------------------------------------------------------------
+
+
+def test_cosine_is_zero_on_any_multiple_and_two_on_the_opposite():
+    a = {"w": torch.randn(3, 4), "b": torch.randn(3)}
+    assert engine.cosine({k: 5 * v for k, v in a.items()}, a).abs() < 1e-6
+    assert (engine.cosine({k: -v for k, v in a.items()}, a) - 2).abs() < 1e-6
+    zero = {k: torch.zeros_like(v) for k, v in a.items()}
+    assert engine.cosine(zero, a) == 1
+
+
+def test_total_variation_by_hand():
+    image = torch.tensor([[[[0.0, 1.0], [0.0, 3.0]]]])
+    assert engine.total_variation(image) == (0 + 2) / 2 + (1 + 3) / 2
+    assert engine.total_variation(torch.full((2, 3, 4, 4), 0.7)) == 0
+
+
+def test_squared_is_the_sum_over_all_parameters():
+    a = {"w": torch.ones(2, 2), "b": torch.zeros(2)}
+    b = {"w": torch.zeros(2, 2), "b": torch.full((2,), 3.0)}
+    assert engine.squared(a, b) == 4 + 18
+
+
+def test_decay_follows_the_paper():
+    factors = [engine.decay(80)(s) for s in range(80)]
+    expected = [1.0] * 30 + [0.1] * 20 + [0.01] * 20 + [0.001] * 10
+    assert factors == pytest.approx(expected)
+
+
+# ---- step rules against torch.optim -------------------------------------------------------------
+
+
+def rosenbrock(x):
+    return ((1 - x[..., 0]) ** 2 + 10 * (x[..., 1] - x[..., 0] ** 2) ** 2).sum(-1)
+
+
+def trajectory(rule, start, steps):
+    x, state, path = start.clone(), rule.start(start), []
+    for step in range(steps):
+        z = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(rosenbrock(z).sum(), z)
+        x, state, _ = rule.step(x, gradient, state, step, 1.0)
+        path.append(x.clone())
+    return torch.stack(path, 1)
+
+
+STARTS = torch.tensor([[-1.2, 1.0], [0.5, 0.3], [2.0, -1.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sign", [False, True])
+def test_adam_equals_torch(sign):
+    ours = trajectory(engine.Adam(lr=0.05, signed=sign), STARTS, 40)
+    for lane, start in enumerate(STARTS):
+        x = start.clone().requires_grad_()
+        twin = torch.optim.Adam([x], lr=0.05)
+        for step in range(40):
+            twin.zero_grad()
+            rosenbrock(x).backward()
+            assert x.grad is not None
+            x.grad = x.grad.sign() if sign else x.grad
+            twin.step()
+            torch.testing.assert_close(ours[lane, step], x.detach(), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("history", [3, 100])
+def test_lbfgs_equals_torch(history):
+    """Every iterate of each lane, also of lanes that skip a curvature pair at different times."""
+    steps = 18
+    ours = trajectory(engine.LBFGS(lr=0.3, history=history), STARTS, steps)
+    for lane, start in enumerate(STARTS):
+        x = start.clone().requires_grad_()
+        twin = torch.optim.LBFGS(
+            [x], lr=0.3, max_iter=1, history_size=history, tolerance_change=0, tolerance_grad=0
+        )
+
+        def closure(x=x, twin=twin):
+            twin.zero_grad()
+            loss = rosenbrock(x)
+            loss.backward()
+            return loss
+
+        for step in range(steps):
+            twin.step(closure)
+            torch.testing.assert_close(ours[lane, step], x.detach(), rtol=1e-6, atol=1e-9)
+
+
+def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
+    rule = engine.LBFGS()
+    start = torch.zeros(2, 2, dtype=torch.float64)
+    first = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
+    _, state, _ = rule.step(start, first, rule.start(start), 0, 1.0)
+    # lane 0 sees the same gradient again, y = 0: no pair; lane 1 sees less of it
+    second = torch.stack([first[0], 0.5 * first[1]])
+    _, state, _ = rule.step(start, second, state, 1, 1.0)
+    assert state["weights"][0].eq(0).all()
+    assert state["weights"][1].gt(0).all()
+
+
+def test_lbfgs_says_when_it_is_stuck():
+    rule, x = engine.LBFGS(), torch.zeros(2, 3)
+    gradient = torch.stack([torch.zeros(3), torch.ones(3)])
+    _, _, stuck = rule.step(x, gradient, rule.start(x), 0, 1.0)
+    assert stuck.tolist() == [True, False]
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def test_a_stack_equals_its_victims_one_by_one():
+    model, batches = built("lenet"), [private(1, seed=v) for v in range(3)]
+    targets = torch.stack([b.targets for b in batches])
+    search = signed(30, restarts=2)
+    together = engine.match(observed(model, batches), targets, search, rngs(3), nothing)
+    for v in range(3):
+        alone = observed(model, [batches[v]])
+        one = engine.match(alone, targets[v : v + 1], search, [rngs(3)[v]], nothing)
+        torch.testing.assert_close(together.images[v], one.images[0], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(together.loss[v], one.loss[0], rtol=1e-6, atol=1e-9)
+
+
+class Overshooting(engine.Adam):
+    """Leaves the best point on purpose."""
+
+    def step(self, x, gradient, state, step, scale):
+        moved, state, stuck = super().step(x, gradient, state, step, scale)
+        return (moved if step < 5 else moved + 3.0), state, stuck
+
+
+def test_the_best_iterate_is_returned_not_the_last():
+    model, batch = built("lenet"), private(1)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    short = signed(5, boxed=False, priors=())
+    best = engine.match(seen, targets, short, rngs(1), nothing)
+    rule = Overshooting(lr=0.1, signed=True)
+    astray = signed(40, boxed=False, priors=(), rule=rule)
+    found = engine.match(seen, targets, astray, rngs(1), nothing)
+    assert found.loss[0] <= best.loss[0]
+    again = engine.simulate(model, found.images[0], batch.targets, GRADIENT)
+    goal = {k: t[0] for k, t in seen.update.tensors.items()}
+    if found.images.min() > 0 and found.images.max() < 1:  # else clamping has moved it
+        torch.testing.assert_close(engine.cosine(again, goal), found.loss[0], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+def test_reconstructions_can_reach_black_and_white(level):
+    """The box is the data range, whatever normalisation the model uses (mishap 3)."""
+    model = built("mlp")
+    image = torch.full((1, *SHAPE), level, dtype=torch.float64)
+    batch = Batch(image, torch.eye(CLASSES, dtype=torch.float64)[:1])
+    smooth = ((1e-4, engine.total_variation),)
+    search = signed(400, schedule=engine.decay(400), priors=smooth)
+    found = engine.match(observed(model, [batch]), batch.targets[None], search, rngs(1), nothing)
+    distance = (found.images - level).abs()
+    assert distance.min() < 1e-6, "the limit itself is within reach"
+    assert distance.max() < 0.1
+    assert found.images.min() >= 0
+    assert found.images.max() <= 1
+
+
+def test_lanes_that_are_done_retire_and_cost_no_more():
+    model, batches = built("mlp"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    seen = observed(model, batches)
+    rule = engine.LBFGS()
+    search = engine.Search(distance=engine.squared, rule=rule, steps=400, enough=1e-3)
+    found = engine.match(seen, targets, search, rngs(2), nothing)
+    assert found.loss[0] <= 1e-3
+    assert found.steps[0] < 400
+    assert found.steps[1] == 400, "the other lane goes on"
+    lanes, x = engine._Lanes(seen, targets, search), torch.randn(1, 432, dtype=torch.float64)
+    per_step = cost.flops(lambda: lanes._plain_step(x))
+    looks = found.steps + torch.tensor([0, 1])  # who ran out looks once more where it arrived
+    torch.testing.assert_close(found.gflop, looks.double() * per_step)
+
+
+def test_a_lane_that_breaks_is_flagged_and_harms_no_other():
+    model, batches = built("mlp"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    seen = observed(model, batches)
+    for tensor in seen.update.tensors.values():
+        tensor[0] = torch.nan
+    found = engine.match(seen, targets, signed(30), rngs(2), nothing)
+    assert found.flags[0] == ("1 of 1 restarts became non-finite",)
+    assert found.flags[1] == ()
+    assert found.images.isfinite().all()
+    assert found.loss[1].isfinite()
+    assert not found.loss[0].isfinite(), "no objective was ever finite: the row has none"
+
+
+def test_the_cost_is_steps_times_one_counted_lane_step():
+    model, batch = built("lenet"), private(2)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    found = engine.match(seen, targets, signed(7, restarts=3), rngs(1), nothing)
+    lanes = engine._Lanes(seen, targets, signed(7))
+    x = torch.randn(3, lanes.pixels, dtype=torch.float64)
+    stacked = cost.flops(lambda: lanes.objective(x, torch.zeros(3, dtype=torch.long)))
+    # eight looks: seven moves, and the evaluation of where the last one led
+    assert found.gflop[0].item() == pytest.approx(8 * stacked, rel=1e-9)
+    assert found.steps[0] == 7 * 3
+
+
+def test_a_lane_step_computes_no_outer_weight_gradients():
+    """7.1 plain forwards for LeNet at batch 1, not the 8.2 of a library that throws them away."""
+    model = LeNetSpec().build((3, 32, 32), 10, (0.5,) * 3, (0.25,) * 3, stream(0, "model"))
+    batch = Batch(torch.rand(1, 3, 32, 32), torch.eye(10)[:1])
+    forward = cost.flops(lambda: model(batch.images))
+    updates = engine.simulate(model, batch.images, batch.targets, GRADIENT)
+    stacked = Update({k: v.detach()[None] for k, v in updates.items()}, {}, 1)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    seen = Observation("t", {"model": model, "update": stacked, "shape": (3, 32, 32), "count": 1})
+    lanes = engine._Lanes(seen, batch.targets[None], signed(1))
+    step = cost.flops(lambda: lanes._plain_step(torch.randn(1, 3072)))
+    assert step / forward == pytest.approx(7.145, abs=0.01)
+
+
+def test_joint_labels_are_what_was_optimised():
+    """Mishap 10: not the argmax of the random start."""
+    model, batches = built("lenet", dtype=torch.float32), []
+    for v in range(4):
+        rng = stream(v, "private")
+        image = torch.rand(1, *SHAPE, generator=rng)
+        batches.append(Batch(image, torch.eye(CLASSES)[[v % CLASSES]]))
+    seen = observed(model, batches)
+    search = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=200)
+    found = engine.match(seen, None, search, rngs(4), nothing)
+    starts = [torch.randn(432 + CLASSES, generator=r)[432:].argmax().item() for r in rngs(4)]
+    truth = [b.labels.item() for b in batches]
+    assert starts != truth, "else this test could not fail"
+    assert found.labels.flatten().tolist() == truth
+
+
+def test_simulate_survives_vmap_over_lanes_with_local_steps():
+    model, local = built("convnet", "train"), Local(kind="fedavg", lr=0.1, steps=2, batch=2)
+    images = torch.rand(3, 2, *SHAPE, dtype=torch.float64)
+    targets = private(2).targets
+    stacked = vmap(lambda i: engine.simulate(model, i, targets, local))(images)
+    for lane in range(3):
+        one = engine.simulate(model, images[lane], targets, local)
+        for k in one:
+            torch.testing.assert_close(stacked[k][lane], one[k], rtol=1e-8, atol=1e-10)
