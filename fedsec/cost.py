@@ -7,8 +7,10 @@ backprop equivalents: GFLOP over `backprop_gflop` of the same model and batch.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,10 +112,9 @@ class Clock:
 
     Afterwards, also when the block raised: `seconds` of wall time, the device synchronised at both
     ends; `peak_mb`, the most memory (in 1e6 bytes) that the block held above what was held at its
-    start, on the GPU for `cuda`, of the whole process for `cpu` (memory that the allocator had kept
-    from before is not seen there); `joules` that the GPU drew, other processes and idling included.
-    What could not be measured is None, with the reason in `reasons` under its name. Clocks may be
-    nested, not overlapped between threads.
+    start, on the GPU for `cuda`, of the whole process for `cpu`; `joules` that the GPU drew, other
+    processes and idling included. What could not be measured is None, with the reason in `reasons`
+    under its name. Clocks may be nested, not overlapped between threads.
     """
 
     device: torch.device | str = "cpu"
@@ -176,12 +177,22 @@ class _ProcessMemory:
         return self._read("VmHWM")
 
     def reset(self) -> None:
+        _return_free_memory()
         (self.root / "clear_refs").write_text("5")  # peak := now, proc_pid_clear_refs(5)
 
     def _read(self, name: str) -> int:
         lines = (self.root / "status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
         return int(fields[name].split()[0]) * 1024
+
+
+def _return_free_memory() -> None:
+    """Give back what the C allocator keeps free, or a block that re-uses it would seem to need none.
+
+    Only glibc can; elsewhere the figure is too low after an earlier, larger block.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _CudaMemory:

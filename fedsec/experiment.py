@@ -84,17 +84,25 @@ def perform(plan: Plan, console: Console) -> int:
     except KeyboardInterrupt:
         status, code, why = "interrupted", 130, "interrupted: what was finished is kept"
     except Exception as error:
-        status, code = "failed", 2
-        why = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        (plan.folder / "error.txt").write_text(traceback.format_exc())
-        console.trouble(traceback.format_exc())
-    run.pictures()
+        status, code, why = "failed", 2, _failed(error, plan, console)
     summary = run.summary(status, why)
     written = replace(records.read(plan.folder), run=records.filled(summary))
-    report.write([written], plan.folder / records.REPORT)
+    try:
+        run.pictures()
+        report.write([written], plan.folder / records.REPORT)
+    except Exception as error:
+        code, summary = 2, run.summary("failed", _failed(error, plan, console))
     writer.finish(summary)  # last: run.json says that nothing more will come
     console.result(written, why)
     return code
+
+
+def _failed(error: Exception, plan: Plan, console: Console) -> str:
+    """Tell of an error with its traceback; one line for the records."""
+    (plan.folder / "error.txt").write_text(traceback.format_exc())
+    console.trouble(traceback.format_exc())
+    first = next(iter(str(error).splitlines()), "")
+    return f"failed: {type(error).__name__}: {first}"
 
 
 class _Run:

@@ -246,3 +246,19 @@ def test_no_energy_comes_with_its_reason(monkeypatch, nvml, why):
     assert clock.joules is None
     assert why in clock.reasons["joules"]
     assert clock.peak_mb == 7.0
+
+
+@linux
+def test_a_second_equal_block_needs_as_much_memory_as_the_first():
+    """What the allocator keeps from an earlier block would make it look free."""
+
+    def block() -> float:
+        with cost.Clock() as clock:
+            kept = [torch.ones(25_000) for _ in range(400)]  # small enough to stay on the heap
+            del kept
+        assert clock.peak_mb is not None
+        return clock.peak_mb
+
+    first, second = block(), block()
+    assert first == pytest.approx(40, abs=15)
+    assert second == pytest.approx(first, abs=15)
