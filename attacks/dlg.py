@@ -1,5 +1,6 @@
 """Deep Leakage from Gradients."""
 
+import math
 from dataclasses import dataclass
 
 from fedsec import engine
@@ -26,7 +27,7 @@ class DLG(Attack):
 
     def __post_init__(self):
         require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(self.lr > 0, "lr", "must be positive", self.lr)
+        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
         require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
 
     @property

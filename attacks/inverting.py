@@ -1,5 +1,6 @@
 """Inverting Gradients: how easy is it to break privacy in federated learning?"""
 
+import math
 from dataclasses import dataclass
 
 from fedsec import engine, labels
@@ -26,8 +27,8 @@ class Inverting(Attack):
 
     def __post_init__(self):
         require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(self.lr > 0, "lr", "must be positive", self.lr)
-        require(self.tv >= 0, "tv", "must not be negative", self.tv)
+        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
+        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
         require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
 
     @property

@@ -34,6 +34,7 @@ class Values:
     device: str  # auto, cpu or cuda
     out: str | None  # result folder; none: a fresh one under outputs/
     control: bool  # also run without the defense
+    lpips: str  # the metric's network: alex, which comes with fedsec, or vgg, which is fetched
     stack: int  # victims attacked together, >= 1: memory against speed
     threads: int  # of torch, on a CPU, >= 1
 
@@ -46,6 +47,7 @@ class Values:
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
         require(self.out != "", "out", "must name a folder", "nothing")
+        require(self.lpips in ("alex", "vgg"), "lpips", "must be alex or vgg", self.lpips)
         rounds = self.attack_rounds
         require(len(rounds) > 0, "attack_rounds", "must name at least one round", list(rounds))
         for r in rounds:

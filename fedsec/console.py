@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,11 @@ class Console:
         self.terminal = Terminal(file=file or sys.stdout, highlight=False, soft_wrap=True)
 
     def line(self, left: str, text: str) -> None:
-        self.terminal.print(f"{left:<{LEFT}} {text}", markup=False)
+        """`text` in the second column, wrapped to the terminal's width within it."""
+        width = max(40, min(self.terminal.width, 100) - LEFT - 1)
+        for row in textwrap.wrap(text, width, break_on_hyphens=False) or [""]:
+            self.terminal.print(f"{left:<{LEFT}} {row}", markup=False)
+            left = ""
 
     def banner(self, names: dict[str, str], threat: str, grants: list[str]) -> None:
         """Printed before torch loads: what was asked for, and what the adversary sees."""

@@ -187,7 +187,7 @@ class _ProcessMemory:
 
 
 def _return_free_memory() -> None:
-    """Give back what the C allocator keeps free, or a block that re-uses it would seem to need none.
+    """Give back what the C allocator keeps free: a block that re-uses it would seem to need none.
 
     Only glibc can; elsewhere the figure is too low after an earlier, larger block.
     """

@@ -82,7 +82,7 @@ class Compose(Defense):
             names = ", ".join(type(p).__name__.lower() for p in stepping)
             raise Refused("defense", "at most one defense may compute the gradient", names)
         if self.poisson and self.mixes:
-            why = "mixing lets one example touch several clipped gradients, so that no epsilon holds"
+            why = "mixing lets one example touch several clipped gradients, and no epsilon holds"
             names = ", ".join(type(p).__name__.lower() for p in self.parts)
             raise Refused("defense", f"do not combine: {why}", names)
 

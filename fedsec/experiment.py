@@ -23,7 +23,7 @@ from fedsec.defense import Compose, Defense, Privacy
 from fedsec.federation import Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel, admit
-from fedsec.types import Batch, Exchange, Reconstruction
+from fedsec.types import Exchange, Reconstruction
 
 CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
@@ -44,6 +44,7 @@ class Plan:
     probes: tuple[tuple[int, tuple[int, ...]], ...]  # (client, its victim images)
     defenses: tuple[tuple[str, Defense], ...]  # the control first
     estimate: float  # seconds, roughly
+    flaws: dict[str, str]  # metrics that cannot be measured here, and why
 
 
 def plan(
@@ -69,7 +70,11 @@ def plan(
         defense.check(model)
         _encodable(settings, dataset, held, probes, defense)
     estimate = _estimate(settings, dataset, model, len(defenses))
-    return Plan(settings, dataset, device, folder, config, command, probes, defenses, estimate)
+    asked = values.lpips != "alex"  # what does not come with fedsec is fetched for who asks for it
+    flaws = metrics.unmeasurable(dataset.shape, values.lpips, download=asked)
+    return Plan(
+        settings, dataset, device, folder, config, command, probes, defenses, estimate, flaws
+    )
 
 
 def perform(plan: Plan, console: Console) -> int:
@@ -199,7 +204,7 @@ class _Run:
         """Match, measure and write the rows of one stack."""
         rows = []
         plan, settings, values = self.plan, self.settings, self.values
-        flaws = metrics.unmeasurable(plan.dataset.shape)
+        flaws = plan.flaws
         rng = stream(values.seed, "strangers")
         some = torch.randperm(len(plan.dataset.train), generator=rng)[:STRANGERS]
         strangers = plan.dataset.train.batch(some, plan.dataset.classes).images
@@ -208,9 +213,9 @@ class _Run:
         for v, exchange in enumerate(attack.stack):
             truth = exchange.batch.images.cpu()
             guess = attack.found.images[v].detach().cpu().float()
-            scores = match.score(guess, truth)
+            scores = match.score(guess, truth, values.lpips)
             rng = stream(values.seed, "nulls", exchange.round, *exchange.batch.index)
-            nulls = match.nulls(truth, plan.dataset.mean_image, strangers, rng)
+            nulls = match.nulls(truth, plan.dataset.mean_image, strangers, rng, values.lpips)
             if name == plan.defenses[0][0]:
                 self.nulls.append(nulls)
             null, null_psnr = match.best_null(nulls)
@@ -237,9 +242,9 @@ class _Run:
                         image=index,
                         batch=len(exchange.batch),
                         psnr=float(scores.psnr[i]),
-                        ssim=float(scores.ssim[i]),
+                        ssim=None if "ssim" in flaws else float(scores.ssim[i]),
                         mse=float(scores.mse[i]),
-                        lpips=float(scores.lpips[i]),
+                        lpips=None if "lpips" in flaws else float(scores.lpips[i]),
                         null=null,
                         null_psnr=float(null_psnr[i]),
                         label_true=int(exchange.batch.labels[i]),
@@ -329,7 +334,7 @@ class _Run:
             "versions": records.versions(),
             "command": self.plan.command,
             "choices": settings.names,
-            "metrics": {"lpips": metrics.LPIPS_NAME},
+            "metrics": {"lpips": metrics.lpips_name(values.lpips)},
         }
 
 
@@ -437,17 +442,23 @@ def _estimate(settings: Settings, dataset: Dataset, model: nn.Module, defenses: 
     from fedsec.client import mean_gradient
 
     values, size = settings.values, settings.client.batch
-    batch = dataset.train.batch(torch.arange(min(size, len(dataset.train))), dataset.classes)
-    one = Batch(batch.images[:1], batch.targets[:1])
+    attacked = size if isinstance(values.victim_batch, str) else values.victim_batch
     seconds = []
-    for some in (batch, one):
-        mean_gradient(model, some)
+    for count in (size, attacked):
+        batch = dataset.train.batch(torch.arange(min(count, len(dataset.train))), dataset.classes)
+        try:
+            mean_gradient(model, batch)
+        except ValueError as error:  # BatchNorm cannot normalise a single value
+            rule = "batch cannot train on one value per channel; use model.norm=group, "
+            rule += "model.mode=eval, or a larger victim_batch"
+            raise Refused("model.norm", rule, f"{len(batch)} images") from error
         with cost.Clock() as clock:
-            mean_gradient(model, some)
+            mean_gradient(model, batch)
         seconds.append(clock.seconds)
     training = values.rounds * values.clients * settings.client.local.steps * seconds[0]
-    attacks = values.images * len(values.attack_rounds) * settings.attack.evaluations
-    return defenses * (training + 3.5 * attacks * seconds[1] / min(4, values.images))
+    updates = values.images / attacked * len(values.attack_rounds)
+    attacks = 3.5 * updates * settings.attack.evaluations * seconds[1]
+    return defenses * (training + attacks / min(4, updates))
 
 
 def _privacy(defense: Defense, federated: Federated) -> Privacy:
