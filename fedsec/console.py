@@ -111,9 +111,9 @@ class Console:
         there = (records.ROWS, records.RUN, records.GRID, records.REPORT)
         files = "  ".join(f for f in there if (run.folder / f).exists())
         self.terminal.print(f"\nwrote {run.folder}/   {files}", markup=False)
-        again = f"python -m fedsec.report {run.folder.parent}"
+        again = f"python -m fedsec.report {run.folder.parent}" if run.rows else ""
         more = "python -m fedsec.run images=64"
-        self.terminal.print(f"next  {again}         {more}", markup=False)
+        self.terminal.print(f"next  {again:<40}  {more}", markup=False)
 
     def trouble(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

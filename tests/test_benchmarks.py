@@ -1,0 +1,242 @@
+"""The benchmarks' arithmetic, and what they do where a peer is missing, lies or dies."""
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SOURCE = Path(__file__).parents[1] / "benchmarks" / "peers.py"
+spec = importlib.util.spec_from_file_location("peers", SOURCE)
+assert spec is not None
+assert spec.loader is not None
+peers = importlib.util.module_from_spec(spec)
+sys.modules["peers"] = peers
+spec.loader.exec_module(peers)
+
+
+# ---- the peer's problem, restated ---------------------------------------------------------------
+
+
+def convolved_variation(x):
+    """The peer's smoothness as it has it: a grouped convolution with zero padding."""
+    right = torch.tensor([[0.0, 0, 0], [0, -1, 1], [0, 0, 0]])
+    kernel = torch.stack([right.T, right])[:, None].repeat(3, 1, 1, 1)
+    size = F.conv2d(x, kernel, padding=1, groups=3).abs() + 1e-8
+    return (size[:, 0::2] + size[:, 1::2]).mean()
+
+
+def test_the_peers_smoothness_is_restated_exactly():
+    x = torch.randn(2, 3, 9, 7)
+    assert torch.allclose(peers.padded_variation(x), convolved_variation(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [7, 60, 600, 4801])
+def test_the_peers_schedule_is_restated_exactly(steps):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    points = [steps // 2.667, steps // 1.6, steps // 1.142]
+    twin = torch.optim.lr_scheduler.MultiStepLR(optimizer, points, gamma=0.1)  # type: ignore[arg-type]
+    ours = peers.step_lr(steps)
+    for step in range(steps):
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        twin.step()
+
+
+# ---- arithmetic ---------------------------------------------------------------------------------
+
+
+def outcome(marks, seconds=9.0):
+    return peers.Outcome(torch.zeros(1, 3, 8, 8), [0.0], seconds, marks)
+
+
+def test_seconds_a_step_leave_out_what_comes_before_and_after_the_steps():
+    assert peers.per_step(outcome([(25, 4.0), (50, 5.0), (75, 6.0), (75, 9.0)]), 75) == 2 / 50
+    assert peers.per_step(outcome([(10, 4.0)]), 10) == 0.9  # one mark: the whole run
+    assert peers.per_step(outcome([]), 10) == 0.9
+
+
+@pytest.mark.parametrize("most", [1, 33, 1200])
+@pytest.mark.parametrize("enough", [1, 2, 37, 600, 1200, 1201])
+def test_the_fewest_steps_are_found_to_a_tenth(most, enough):
+    tried = []
+
+    def reaches(steps):
+        tried.append(steps)
+        return steps >= enough
+
+    found = peers.fewest(reaches, most)
+    if enough > most:
+        assert found is None
+    else:
+        assert enough <= found <= enough + max(1, found // 10)
+    assert max(tried) <= most
+
+
+def test_a_ratio_is_the_median_of_pairs_with_its_range():
+    assert peers._ratios([2.0, 6.0, 4.0], [1.0, 1.0, 1.0]) == "4.00 (2.00..6.00)"
+    assert peers._ratios([], [1.0]) == ""
+
+
+# ---- a whole comparison -------------------------------------------------------------------------
+
+
+class Twin:
+    """A peer in this process: the plainest loop of the same attack, by double backward."""
+
+    offset = 0.0  # added to the objective, to be caught
+
+    def __init__(self, *told):
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+    def ask(self, command, **words):
+        return getattr(self, command)(**words)
+
+    def hello(self):
+        return "the twin"
+
+    def victim(self, model, gradients, label, shape, mean, std):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+        self.model, self.gradients, self.label = model, gradients, label
+        self.low = torch.tensor(mean).neg().div(torch.tensor(std)).view(3, 1, 1)
+        self.high = (1 - torch.tensor(mean)).div(torch.tensor(std)).view(3, 1, 1)
+
+    def run(self, steps, tv, start):
+        x = start.clone().requires_grad_(True)
+        optimizer = torch.optim.Adam([x], lr=0.1)
+        losses, marks, begun = [], [], time.perf_counter()
+        observed = torch.cat([g.flatten() for g in self.gradients])
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.1 * peers.step_lr(steps)(step)
+            task = F.cross_entropy(self.model(x), self.label)
+            guess = torch.autograd.grad(task, list(self.model.parameters()), create_graph=True)
+            flat = torch.cat([g.flatten() for g in guess])
+            loss = 1 - F.cosine_similarity(flat, observed, dim=0) + tv * convolved_variation(x)
+            (gradient,) = torch.autograd.grad(loss, x)
+            if loss < min(losses, default=torch.inf):
+                best = x.detach().clone()
+            losses.append(float(loss) + self.offset)
+            x.grad = gradient.sign()
+            optimizer.step()
+            x.data = x.data.clamp(self.low, self.high)
+            if step % 25 == 0 or step + 1 == steps:
+                marks.append((step + 1, time.perf_counter()))
+        seconds = time.perf_counter() - begun
+        return {"image": best, "seconds": seconds, "marks": marks, "losses": losses}
+
+
+def compared(folder, capsys, *more):
+    line = [
+        "--models", "lenet", "--steps", "32", "--images", "2", "--pairs", "1", "--lanes", "2",
+        "--device", "cpu", "--data", f"npz:{tiny.npz(folder)}", "--env", str(folder / "env"),
+    ]  # fmt: skip
+    status = peers.main([*line, *more])
+    said = capsys.readouterr()
+    rows = [r.strip("| \n").split(" | ") for r in said.out.splitlines() if r.startswith("| lenet")]
+    return status, said, rows[0] if rows else []
+
+
+def test_a_comparison_with_an_equal_peer(tmp_path, capsys, monkeypatch):
+    """Equal problems: the objectives agree, and the same steps reach the same quality."""
+    monkeypatch.setattr(peers, "environment", lambda folder: folder)
+    monkeypatch.setattr(peers, "Peer", Twin)
+    status, said, cells = compared(tmp_path, capsys, "--tv", "0.01", "0.1", "--attack-overrides")
+    assert status == 0, said.err
+    assert "objectives differ by" in said.out
+    assert "peer by tv: 0.01" in said.out
+    assert "not run" not in said.out
+    assert len(cells) == len(peers.HEAD)
+    assert float(cells[14]) == pytest.approx(float(cells[8]), abs=0.5), "dB, after equal steps"
+    assert all(float(cells[i].split()[0]) > 0 for i in (2, 3, 4, 5, 6, 7))
+
+
+def test_a_peer_that_solves_another_problem_is_not_timed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "environment", lambda folder: folder)
+    monkeypatch.setattr(peers, "Peer", type("Liar", (Twin,), {"offset": 1e-3}))
+    status, said, cells = compared(tmp_path, capsys)
+    assert status == 0
+    assert "not run      lenet: refused: the objectives differ by 1.0e-03" in said.out
+    assert cells[2] == "not run"
+    assert float(cells[3]) > 0, "fedsec's own numbers are still there"
+
+
+def test_a_broken_objective_does_not_pass_for_an_equal_one(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "environment", lambda folder: folder)
+    monkeypatch.setattr(peers, "Peer", type("Broken", (Twin,), {"offset": float("nan")}))
+    _, said, cells = compared(tmp_path, capsys)
+    assert "refused: the objectives differ by nan" in said.out
+    assert cells[2] == "not run"
+
+
+def test_a_peer_that_cannot_be_installed_is_a_reason(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "BREACHING", "/nowhere/breaching.whl")
+    status, said, cells = compared(tmp_path, capsys)
+    assert status == 0
+    assert "not run      peer:" in said.out
+    assert "breaching.whl" in said.out
+    assert cells[2] == cells[7] == "not run"
+
+
+def test_a_peer_that_dies_says_why():
+    """This interpreter has no breaching."""
+    peer = peers.Peer(Path(sys.executable), "cpu", 1, "perf_counter")
+    with pytest.raises(peers.PeerFailed, match="No module named 'breaching'"):
+        peer.ask("hello")
+
+
+def test_an_environment_is_made_once(tmp_path, monkeypatch):
+    calls = []
+
+    def call(*words):
+        calls.append(words)
+        (tmp_path / "site").mkdir(exist_ok=True)
+        return f"{tmp_path / 'site'}\n"
+
+    monkeypatch.setattr(peers, "_call", call)
+    python = peers.environment(tmp_path)
+    made = len(calls)
+    assert made == 3
+    assert peers.environment(tmp_path) == python
+    assert len(calls) == made
+    borrowed = (tmp_path / "site/borrowed.pth").read_text().splitlines()
+    assert any((Path(path) / "torch").is_dir() for path in borrowed)
+    (tmp_path / "made.txt").write_text("for another interpreter")
+    peers.environment(tmp_path)
+    assert len(calls) == 2 * made
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "error: steps: must be at least 1, got 0"),
+        (["--data", "imagenet"], "error: data: must be photos or npz:PATH, got imagenet"),
+        (["--device", "cuda", "--clock", "cpu"], "error: clock: must be wall on a GPU, got cpu"),
+        (["--attack-overrides", "step=3"], "error: attack-overrides: must be among steps"),
+        (["--attack-overrides", "lr=-1"], "error: lr: must be positive, got -1"),
+    ],
+)
+def test_bad_words_are_refused_in_one_line(words, said, capsys, monkeypatch, tmp_path):
+    def no_environment(folder):
+        raise peers.PeerFailed("not in this test")
+
+    monkeypatch.setattr(peers, "environment", no_environment)
+    assert peers.main(["--models", "lenet", "--env", str(tmp_path), *words]) == 1
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_the_defaults_are_what_the_documentation_says():
+    args = peers.arguments().parse_args([])
+    assert isinstance(args, argparse.Namespace)
+    assert args.models == ["lenet", "resnet20", "convnet", "resnet18"]
+    assert args.lanes == 8
+    assert args.threads == 1
