@@ -42,7 +42,7 @@ _statuses: list[int] = []  # of the runs of this process, in order
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line says; the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGTERM, _interrupt)
+    before, typed = signal.signal(signal.SIGTERM, _interrupt), sys.argv
     _statuses.clear()
     try:
         sys.argv = [sys.argv[0], *prepared(words)]
@@ -57,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except SystemExit as stop:  # after Hydra's help
         return 1 if stop.code else 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.argv = typed
     return max(_statuses, default=0)
 
 

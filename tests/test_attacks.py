@@ -103,8 +103,8 @@ def test_linear_is_refused_where_no_linear_layer_sees_the_image():
 # ---- by optimisation ----------------------------------------------------------------------------
 
 
-def lenet(seed=0):
-    return LeNetSpec().build((3, 32, 32), 10, MEAN, STD, stream(seed, "model"))
+def lenet(seed=0, mean=MEAN, std=STD):
+    return LeNetSpec(mean=mean, std=std).build((3, 32, 32), 10, MEAN, STD, stream(seed, "model"))
 
 
 def cifar(count=10):
@@ -147,9 +147,13 @@ def test_inverting_on_cifar_with_more_smoothness():
 @pytest.mark.slow
 @pytest.mark.parametrize(("attack", "share"), [(DLG, 0.7), (IDLG, 0.9)])
 def test_dlg_and_idlg_are_near_exact_on_cifar(attack, share):
-    """Up to 300 L-BFGS steps: MSE below 1e-4 for 70 % (DLG) and 90 % (iDLG) of ten images."""
+    """Up to 300 L-BFGS steps: MSE below 1e-4 for 70 % (DLG) and 90 % (iDLG) of ten images.
+
+    The images are not normalised, as in the paper's code. With CIFAR-10's mean and deviation the
+    sigmoids saturate more, and DLG ends at 50 %, iDLG at 90 %.
+    """
     images, targets = cifar()
-    seen = observed(lenet(), images, targets)
+    seen = observed(lenet(mean=(0.0,) * 3, std=(1.0,) * 3), images, targets)
     found = attack(steps=300, lr=1.0, restarts=1)(seen, rngs(10), nothing)
     exact = metrics.mse(found.images[:, 0], images[:, 0]) < 1e-4
     assert exact.double().mean() >= share
