@@ -33,4 +33,5 @@ class IDLG(Attack):
         return self.steps * EVALUATIONS * self.restarts
 
     def __call__(self, seen, rngs, progress):
-        return engine.match(seen, labels.targets_of(seen, rngs), search(self), rngs, progress)
+        targets, spent = labels.targets_of(seen, rngs)
+        return engine.match(seen, targets, search(self), rngs, progress, spent)

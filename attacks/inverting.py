@@ -44,5 +44,7 @@ class Inverting(Attack):
             steps=self.steps,
             restarts=self.restarts,
             boxed=True,
+            direction=True,
         )
-        return engine.match(seen, labels.targets_of(seen, rngs), search, rngs, progress)
+        targets, spent = labels.targets_of(seen, rngs)
+        return engine.match(seen, targets, search, rngs, progress, spent)

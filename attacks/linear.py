@@ -1,6 +1,6 @@
 """The exact leak of a fully connected layer that sees the input."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -35,26 +35,26 @@ class Linear(Attack):
                           "(model=mlp)", f"{kind} {name}")  # fmt: skip
 
     def __call__(self, seen, rngs, progress):
+        found: list[Reconstruction] = []
+        spent = cost.flops(lambda: found.append(self._found(seen, rngs)))
+        progress(1, 1, float(found[0].loss.mean()))
+        each = torch.full((len(rngs),), spent / len(rngs), dtype=torch.float64)
+        return replace(found[0], gflop=each)
+
+    def _found(self, seen, rngs) -> Reconstruction:
         update = seen.update if "update" in seen.grants else seen.aggregate
         name, _ = first_layer(seen.model)
         rows, bias = update.tensors[f"{name}.weight"], update.tensors[f"{name}.bias"]
-        images = torch.stack(
-            [_read(seen, w, b) for w, b in zip(rows, bias, strict=True)]
-        )  # v b c h w
-        targets = labels.targets_of(seen, rngs)
+        images = torch.stack([_read(seen, w, b) for w, b in zip(rows, bias, strict=True)])
+        targets, _ = labels.targets_of(seen, rngs)
         local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
-
-        def distance(v: int) -> torch.Tensor:
-            guess = engine.simulate(seen.model, images[v], targets[v], local)
-            return engine.cosine(guess, {k: t[v] for k, t in update.tensors.items()})
-
-        # one simulated update certifies the result; its arithmetic is the attack's cost
-        spent = cost.flops(lambda: distance(0))
-        loss = torch.stack([distance(v) for v in range(len(images))]).detach()
-        progress(1, 1, float(loss.mean()))
         nothing = torch.zeros(len(images), dtype=torch.long)
-        gflop = torch.full((len(images),), spent, dtype=torch.float64)
-        return Reconstruction(images.clamp(0, 1), targets.argmax(-1), loss, nothing, gflop)
+        loss = []
+        for v in range(len(images)):  # re-computing the update certifies the result
+            guess = engine.simulate(seen.model, images[v], targets[v], local)
+            loss.append(engine.cosine(guess, {k: t[v] for k, t in update.tensors.items()}))
+        loss = torch.stack(loss).detach()
+        return Reconstruction(images.clamp(0, 1), targets.argmax(-1), loss, nothing, loss.double())
 
 
 def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

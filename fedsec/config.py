@@ -85,6 +85,7 @@ def settings(cfg: DictConfig, names: dict[str, str]) -> Settings:
     tops = [str(k) for k in cfg if k not in GROUPS and k != "sweep"]
     values = _typed(Values, OmegaConf.masked_copy(cfg, tops), "")
     parts = {group: _part(cfg[group], group) for group in GROUPS}
+    parts["threat"] = dataclasses.replace(parts["threat"], name=names["threat"])
     return Settings(values, names, **parts)
 
 

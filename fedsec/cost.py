@@ -48,6 +48,8 @@ _FORMULAS: dict = {
     aten.mv: lambda a, x, out_val: 2 * a.numel(),
     aten.addmv: lambda bias, a, x, out_val, **scales: 2 * a.numel(),
     aten.dot: lambda x, y, out_val: 2 * x.numel(),
+    # differences, their squares and sums
+    aten._cdist_forward: lambda x, y, p, mode, out_val: 3 * out_val.numel() * x.shape[-1],
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -38,8 +38,18 @@ def simulate(
     """The update that a client with this batch would send, differentiable in both arguments.
 
     One gradient of the mean loss, or weights before - after `local.steps` steps over consecutive
-    chunks of the batch. Works on one lane; `vmap` it for several. The model is not changed.
+    chunks of the batch; with `local.parts`, the mean over clients that hold consecutive parts of
+    it. Works on one lane; `vmap` it for several. The model is not changed.
     """
+    if local.parts:
+        alone = replace(local, parts=())
+        shares = zip(images.split(local.parts), targets.split(local.parts), strict=True)
+        updates = [simulate(model, x, t, alone) for x, t in shares]
+        weights = [n / sum(local.parts) for n in local.parts]
+        return {
+            k: torch.stack([w * u[k] for w, u in zip(weights, updates, strict=True)]).sum(0)
+            for k in updates[0]
+        }
     # detach: parameters belong to the server, images are what is looked for
     before = {k: p.detach() for k, p in model.named_parameters()}
 
@@ -75,9 +85,9 @@ def squared(guess: Tensors, observed: Tensors) -> Tensor:
 
 def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
     """Mean absolute difference of neighbouring pixels, down plus across (anisotropic)."""
-    down = (images[..., 1:, :] - images[..., :-1, :]).abs().mean()
-    across = (images[..., :, 1:] - images[..., :, :-1]).abs().mean()
-    return down + across
+    down = (images[..., 1:, :] - images[..., :-1, :]).abs()
+    across = (images[..., :, 1:] - images[..., :, :-1]).abs()
+    return sum(d.sum() / max(1, d.numel()) for d in (down, across))  # type: ignore[return-value]
 
 
 # ---- step rules ---------------------------------------------------------------------------------
@@ -213,6 +223,7 @@ class Search:
     restarts: int = 1
     boxed: bool = False  # keep pixels in the data range after every step
     enough: float = 0.0  # an objective at or below this ends the lane
+    direction: bool = False  # only the update's direction counts: its length is made one first
 
 
 def match(
@@ -221,13 +232,15 @@ def match(
     search: Search,
     rngs: Sequence[torch.Generator],
     progress: Progress,
+    spent: float = 0.0,
 ) -> Reconstruction:
     """Images whose simulated update matches the observed one, for every victim of the stack.
 
     `targets` None means that labels are optimised jointly, as softmax(logits). Pixels are searched
     in the model's normalised coordinates, where the papers state their step lengths and
     smoothness weights. Each victim's start is drawn from its own stream, so that the result does
-    not depend on who else is in the stack.
+    not depend on who else is in the stack. `spent` is GFLOP for each victim that the attack used
+    before, on its labels.
     """
     lanes = _Lanes(seen, targets, search)
     x = lanes.begin(rngs)
@@ -263,7 +276,8 @@ def match(
                 if len(x) == 0:
                     break
     progress(search.steps, search.steps, float(best[best.isfinite()].mean()))
-    return lanes.reconstruction(best, best_x, moves, looks, lost)
+    found = lanes.reconstruction(best, best_x, moves, looks, lost)
+    return replace(found, gflop=found.gflop + spent)
 
 
 class _Lanes:
@@ -272,6 +286,14 @@ class _Lanes:
     def __init__(self, seen: Observation, targets: Tensor | None, search: Search):
         update = seen.update if "update" in seen.grants else seen.aggregate
         self.observed: Tensors = update.tensors
+        if search.direction:  # an update scaled to nothing still points somewhere
+            squares = [t.double().flatten(1).square().sum(1) for t in self.observed.values()]
+            length = torch.stack(squares).sum(0).sqrt()
+            length = torch.where(length > 0, length, 1)
+            self.observed = {
+                k: (t / length.view(-1, *[1] * (t.dim() - 1))).to(t.dtype)
+                for k, t in self.observed.items()
+            }
         self.search, self.model, self.targets = search, seen.model, targets
         self.local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
         self.victims = len(next(iter(self.observed.values())))

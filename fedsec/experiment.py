@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ class _Run:
         self.attack_seconds: dict[str, float] = {}
         self.rows: list[records.Row] = []
         self.nulls: list[dict[str, match.Scores]] = []
+        self.unread = set(self.settings.threat.grants) - {"mode"}  # the model's flag says it
+        self.flags: list[str] = []
         self.shown: dict[str, list[tuple[Tensor, Tensor, str]]] = {}  # truth, guess, caption
 
     def one(self, name: str, defense: Defense) -> None:
@@ -134,11 +137,18 @@ class _Run:
             self.federate_seconds[name] = clock.seconds
             self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
             self.privacy[name] = _privacy(defense, federated)
+            if not all(p.isfinite().all() for p in federated.model.parameters()):
+                self.flags.append(f"{name}: training diverged, the final model is not finite")
+            if defense.poisson and job.keep_training:
+                self.flags.append(
+                    f"{name}: the attack was told how many images each update holds, which the "
+                    "mechanism keeps private and epsilon does not cover"
+                )
             stage.close(
                 f"{clock.seconds:.1f} s   accuracy {100 * self.accuracy[name]:.1f} %"
                 + _epsilon(self.privacy[name])
             )
-        stacks = list(self._stacks(federated.exchanges))
+        stacks = list(self._stacks(federated.exchanges, job))
         total = sum(len(e.batch) for stack in stacks for e in stack)
         self.attack_seconds[name] = 0.0
         victim = 0
@@ -154,14 +164,14 @@ class _Run:
             mean = sum(psnr) / len(psnr) if psnr else math.nan
             stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
 
-    def _stacks(self, exchanges: list[Exchange]) -> Iterator[list[Exchange]]:
+    def _stacks(self, exchanges: list[Exchange], job: Job) -> Iterator[list[Exchange]]:
         """Victims that can be attacked together: one model, one batch size, at most `stack`."""
         threat: ThreatModel = self.settings.threat
         wanted = self.values.images
         for round in self.values.attack_rounds:
             here = [e for e in exchanges if e.round == round]
             if threat.sums_only:
-                here = summed(here, self.values.clients)
+                here = summed(here, job)
             taken, kept = 0, []
             for e in here:  # victim_batch=same: whole updates until the images are reached
                 if taken < wanted:
@@ -194,10 +204,13 @@ class _Run:
         self, name: str, stack: list[Exchange], first: int, progress: Callable[..., None]
     ) -> _Attacked:
         seed, round = self.values.seed, stack[0].round
-        rngs = [stream(seed, "attack", round, *e.batch.index) for e in stack]
+        # by number: an attacker could tell the images from a stream that was named after them
+        starts = itertools.accumulate((len(e.batch) for e in stack[:-1]), initial=first)
+        rngs = [stream(seed, "attack", round, victim) for victim in starts]
         with cost.Clock(self.plan.device) as clock:
             observation = self.settings.threat.observe(stack)
             found = self.settings.attack(observation, rngs, progress)
+        self.unread &= set(observation.unread)
         return _Attacked(stack, found, clock)
 
     def _record(self, name: str, attack: _Attacked, first: int) -> None:
@@ -219,10 +232,13 @@ class _Run:
             if name == plan.defenses[0][0]:
                 self.nulls.append(nulls)
             null, null_psnr = match.best_null(nulls)
-            said = match_labels(attack.found.labels[v].tolist(), exchange.batch.labels.tolist())
+            truths = exchange.batch.labels.tolist()
+            said = match_labels(attack.found.labels[v].tolist(), truths)
             flags = [f"{k}: {why}" for k, why in (flaws | attack.clock.reasons).items()
                      if k != "joules"]  # fmt: skip
             flags += list(attack.found.flags[v]) if attack.found.flags else []
+            if None in said:
+                flags.append("label_pred, label_ok: the attack has no belief about labels")
             loss = float(attack.found.loss[v])
             gflop = float(attack.found.gflop[v])
             for i, index in enumerate(exchange.batch.index):
@@ -247,9 +263,9 @@ class _Run:
                         lpips=None if "lpips" in flaws else float(scores.lpips[i]),
                         null=null,
                         null_psnr=float(null_psnr[i]),
-                        label_true=int(exchange.batch.labels[i]),
+                        label_true=truths[i],
                         label_pred=said[i],
-                        label_ok=said[i] == int(exchange.batch.labels[i]),
+                        label_ok=None if said[i] is None else said[i] == truths[i],
                         loss=loss,
                         steps=int(attack.found.steps[v]),
                         seconds=seconds,
@@ -301,6 +317,11 @@ class _Run:
         privacy = self.privacy.get(name, Privacy(None, None, None, reason="the run ended before"))
         if privacy.epsilon is None:
             flags.append(f"epsilon, delta, accountant: {privacy.reason}")
+        flags += self.flags
+        if self.unread and rows:
+            attack, threat = settings.names["attack"], settings.names["threat"]
+            facts = ", ".join(sorted(self.unread))
+            flags.append(f"{attack} made no use of {facts}, which threat={threat} grants")
         nulls = match.join(self.nulls) if self.nulls else {}
         attacked = self.attack_seconds.get(name)
         return {

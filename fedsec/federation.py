@@ -260,24 +260,29 @@ def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
     return exchanges
 
 
-def summed(exchanges: list[Exchange], clients: int) -> list[Exchange]:
-    """One exchange for each sum over `clients` clients of one round: what secure aggregation shows.
+def summed(exchanges: list[Exchange], job: Job) -> list[Exchange]:
+    """What secure aggregation shows of one round: one exchange for each sum over all clients.
 
-    Probes are dealt to the clients in turn, so that consecutive ones make up a sum; training
-    exchanges of a round make up one. Their images are joined in that order.
+    Training exchanges make up one sum, of every reply, those with an empty Poisson draw too. Probes
+    are dealt to the clients in turn, so that consecutive ones make up a sum.
     """
+    size = len(exchanges) if job.keep_training else job.clients
     sums = []
-    for start in range(0, len(exchanges), clients):
-        some = exchanges[start : start + clients]
-        total = mean_update([e.update for e in some])
+    for start in range(0, len(exchanges), size):
+        some = exchanges[start : start + size]
+        whole = some[0].aggregate if job.keep_training else mean_update([e.update for e in some])
+        assert whole is not None
+        # how many images each client drew is private under Poisson sampling
+        parts = () if job.defense.poisson else tuple(len(e.batch) for e in some)
         sums.append(
             replace(
                 some[0],
                 clients=tuple(c for e in some for c in e.clients),
-                update=total,
-                aggregate=total,
+                update=whole,
+                aggregate=whole,
                 batch=joined([e.batch for e in some]),
                 trained=joined([e.trained for e in some]),
+                local=replace(some[0].local, parts=parts),
                 norm_stats=(),
                 history=(),
             )

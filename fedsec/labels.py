@@ -10,18 +10,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsec.checks import Refused
+from fedsec.cost import flops
 from fedsec.models import last_linear
 from fedsec.threat import Observation
 
 NOISE_IMAGES = 256  # inputs from which the mean prediction of a model is estimated
 
 
-def targets_of(seen: Observation, rngs: Sequence[torch.Generator]) -> Float[Tensor, "v b k"]:
-    """What the loss was told: as granted, else recovered from the update, one-hot."""
+def targets_of(
+    seen: Observation, rngs: Sequence[torch.Generator]
+) -> tuple[Float[Tensor, "v b k"], float]:
+    """What the loss was told, as granted or else recovered, one-hot; and GFLOP for each victim."""
     if "labels" in seen.grants:
-        return seen.labels
-    labels = recover(seen, rngs)
-    return F.one_hot(labels, classes(seen.model)).to(next(seen.model.parameters()).dtype)
+        return seen.labels, 0.0
+    found: list[Tensor] = []
+    spent = flops(lambda: found.append(recover(seen, rngs)))
+    targets = F.one_hot(found[0], classes(seen.model))
+    return targets.to(next(seen.model.parameters()).dtype), spent / len(rngs)
 
 
 def recover(seen: Observation, rngs: Sequence[torch.Generator]) -> Int[Tensor, "v b"]:
@@ -50,7 +55,9 @@ def bias_counts(
     remainders get what rounding leaves over.
     """
     counts = (count * (expected - gradient)).clamp_min(0)
-    counts = counts * count / counts.sum(1, keepdim=True).clamp_min(1e-12)
+    told = counts.sum(1, keepdim=True) > 0  # noise may deny every class: then guess from p
+    counts = torch.where(told, counts, expected)
+    counts = count * (counts / counts.sum(1, keepdim=True))
     whole = counts.floor()
     rest = (count - whole.sum(1)).long()
     order = (counts - whole).argsort(1, descending=True)

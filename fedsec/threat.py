@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsec.checks import Refused, require
 from fedsec.types import Batch, Exchange, Local, Update
@@ -115,14 +115,21 @@ class Observation:
     """
 
     def __init__(self, threat: str, facts: dict[str, object]):
-        self.__dict__.update(facts)
-        self.__dict__["_threat"] = threat
+        self.__dict__.update(_threat=threat, _facts=facts, _read=set())
 
     @property
     def grants(self) -> tuple[str, ...]:
-        return tuple(sorted(name for name in self.__dict__ if name in FACTS))
+        return tuple(sorted(self._facts))
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Granted facts that nobody has looked at: an attack may assume less than it is given."""
+        return tuple(name for name in self.grants if name not in self._read)
 
     def __getattr__(self, name: str) -> Any:
+        if name in self._facts:
+            self._read.add(name)
+            return self._facts[name]
         if name in FACTS:
             grants = ", ".join(self.grants)
             raise Withheld(f"threat={self._threat} withholds '{name}'; it grants {grants}")
@@ -141,6 +148,8 @@ class ThreatModel:
 
     def __post_init__(self):
         require(len(self.grants) > 0, "grants", "must name at least one fact", self.grants)
+        once = len(set(self.grants)) == len(self.grants)
+        require(once, "grants", "must name each fact once", list(self.grants))
         for fact in self.grants:
             known = ", ".join(FACTS)
             require(fact in FACTS, "grants", f"must be among {known}", fact)
@@ -154,7 +163,11 @@ class ThreatModel:
         """Copy the granted facts out of exchanges that share one model and one batch size."""
         assert len({e.round for e in stack}) == 1
         assert len({len(e.batch) for e in stack}) == 1
-        return Observation(self.name, {fact: FACTS[fact](stack) for fact in self.grants})
+        facts = {fact: FACTS[fact](stack) for fact in self.grants}
+        model = facts.get("model")
+        if "mode" not in facts and isinstance(model, nn.Module):
+            model.train()  # its flag would tell; clients mostly train
+        return Observation(self.name, facts)
 
 
 def admit(attack: str, needs: frozenset[str], threat: ThreatModel, presets: dict[str, ThreatModel]):

@@ -41,6 +41,7 @@ class Local:
     lr: float  # of a local step
     steps: int = 1  # gradient steps behind one update
     batch: int = 0  # images in one local step; 0: the whole batch
+    parts: tuple[int, ...] = ()  # images of each client, where only the clients' sum is seen
 
 
 @dataclass(frozen=True)

@@ -361,3 +361,19 @@ def test_simulate_survives_vmap_over_lanes_with_local_steps():
         one = engine.simulate(model, images[lane], targets, local)
         for k in one:
             torch.testing.assert_close(stacked[k][lane], one[k], rtol=1e-8, atol=1e-10)
+
+
+def test_a_scaled_down_update_still_points_somewhere():
+    """Scaling is no defense against a direction, also where float32 squares underflow."""
+    model, batch = built("lenet", dtype=torch.float32), private(1, dtype=torch.float32)
+    seen = observed(model, [batch])
+    search = signed(3, direction=True)
+    whole = engine.match(seen, batch.targets[None], search, rngs(1), nothing)
+    for tensor in seen.update.tensors.values():
+        tensor *= 1e-25
+    small = engine.match(seen, batch.targets[None], search, rngs(1), nothing)
+    torch.testing.assert_close(small.loss, whole.loss, rtol=1e-3, atol=1e-5)
+
+
+def test_smoothness_of_a_single_pixel_is_zero():
+    assert engine.total_variation(torch.rand(2, 3, 1, 1)) == 0

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from fedsec import engine, labels
+from fedsec.cost import flops
 from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ResNetSpec
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -77,12 +78,15 @@ def test_bias_counts_are_exact_with_the_true_mean_prediction():
     assert not torch.equal(labels.bias_counts(-bias[None], p[None], 16)[0], y.sort().values)
 
 
-def test_bias_counts_always_name_as_many_labels_as_images():
-    for v in range(50):
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+@pytest.mark.parametrize("count", [2, 7, 40])
+def test_bias_counts_always_name_as_many_labels_as_images(count, shift):
+    """Also where noise denies every class, or claims far too many of each."""
+    for v in range(20):
         rng = stream(v, "noise")
-        gradient = torch.randn(3, 10, generator=rng)
+        gradient = torch.randn(3, 10, generator=rng) + shift
         expected = torch.rand(3, 10, generator=rng).softmax(1)
-        assert labels.bias_counts(gradient, expected, 7).shape == (3, 7)
+        assert labels.bias_counts(gradient, expected, count).shape == (3, count)
 
 
 def test_local_steps_are_brought_back_to_one_gradients_scale():
@@ -96,7 +100,16 @@ def test_local_steps_are_brought_back_to_one_gradients_scale():
 def test_granted_labels_are_taken_as_they_are():
     mixed = torch.rand(2, 4, 10).softmax(-1)
     seen, _ = observation(SPECS["mlp"], [4, 4], labels=mixed)
-    assert torch.equal(labels.targets_of(seen, rngs(2)), mixed)
+    targets, spent = labels.targets_of(seen, rngs(2))
+    assert torch.equal(targets, mixed)
+    assert spent == 0
+
+
+def test_what_recovery_costs_is_counted():
+    """The mean prediction takes a forward pass of 256 noise images for each victim."""
+    seen, _ = observation(SPECS["mlp"], [4, 4])
+    one = flops(lambda: seen.model(torch.rand(256, *SHAPE)))
+    assert labels.targets_of(seen, rngs(2))[1] == pytest.approx(one, rel=1e-6)
 
 
 def test_without_an_output_bias_one_image_still_tells_its_label():

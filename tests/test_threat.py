@@ -61,9 +61,19 @@ def serialized(observation: Observation) -> bytes:
 
 
 def holds_pixels(content: bytes, stack: list[Exchange]) -> bool:
-    """Whether a row of some private image stands in `content`, bit for bit."""
-    rows = [row for e in stack for row in e.batch.images.flatten(0, 2)]
-    return any(row.numpy().tobytes() in content for row in rows)
+    """Whether a row of a private image stands in `content`: as it is, normalised, or as bytes."""
+    normalise = stack[0].model.normalise
+    for e in stack:
+        images = e.batch.images
+        for shape in (images, normalise(images), 2 * images - 1):
+            for kind in (torch.float32, torch.float64, torch.float16):
+                rows = shape.to(kind).flatten(0, 2)
+                if any(row.numpy().tobytes() in content for row in rows):
+                    return True
+        scaled = (255 * images).round().to(torch.uint8).flatten(0, 2)
+        if any(row.numpy().tobytes() in content for row in scaled):
+            return True
+    return False
 
 
 def test_an_observation_has_exactly_the_granted_facts():
@@ -97,6 +107,35 @@ def test_no_private_pixel_reaches_an_observation():
 def test_the_search_for_private_pixels_finds_them_where_they_are():
     stack = exchanges()
     assert holds_pixels(serialized(granting("candidates").observe(stack)), stack)
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        lambda images, model: images.double(),
+        lambda images, model: model.normalise(images),
+        lambda images, model: (255 * images).round().to(torch.uint8),
+    ],
+)
+def test_the_search_sees_through_disguises(disguise, monkeypatch):
+    stack = exchanges()
+    leaky = FACTS | {"aux": lambda stack: disguise(stack[0].batch.images, stack[0].model)}
+    monkeypatch.setattr("fedsec.threat.FACTS", leaky)
+    assert holds_pixels(serialized(granting("aux").observe(stack)), stack)
+
+
+def test_the_models_mode_is_told_only_where_mode_is_granted():
+    stack = exchanges()
+    stack[0].model.eval()
+    assert granting("model").observe(stack).model.training
+    assert not granting("model", "mode").observe(stack).model.training
+    assert not stack[0].model.training, "the exchange's own stays as it was"
+
+
+def test_an_observation_knows_what_nobody_looked_at():
+    seen = granting("model", "labels", "count").observe(exchanges())
+    _ = seen.count
+    assert seen.unread == ("labels", "model")
 
 
 def test_no_private_pixel_hides_behind_a_shared_storage(monkeypatch):
@@ -160,7 +199,7 @@ def test_admission_names_what_is_missing_and_a_way_out():
     assert "\n" not in said
 
 
-@pytest.mark.parametrize("grants", [(), ("model", "pixels")])
+@pytest.mark.parametrize("grants", [(), ("model", "pixels"), ("model", "model")])
 def test_unknown_facts_are_refused(grants):
     with pytest.raises(Refused, match="^grants: must"):
         ThreatModel(grants=grants)

@@ -1,0 +1,104 @@
+"""What a run hands to an attack: the true images explain the observed update, under every setting.
+
+An attack that starts from the wrong picture of the protocol would make a defense of it.
+"""
+
+import pytest
+import torch
+
+from fedsec import engine
+from fedsec.client import FedAvg, Gradient
+from fedsec.data import Dataset, Split
+from fedsec.defense import Compose
+from fedsec.federation import Federation, Job, federate, summed
+from fedsec.models import ConvNetSpec, MLPSpec
+from fedsec.rng import stream
+from fedsec.types import Update
+
+INLINE = Federation(engine="inline", strategy="fedavg", split="iid", alpha=0.5, shards=2)
+
+
+def dataset() -> Dataset:
+    rng = stream(0, "pixels")
+
+    def split(n: int) -> Split:
+        pixels = torch.randint(256, (n, 3, 12, 12), generator=rng).to(torch.uint8)
+        return Split(pixels, torch.arange(n) % 4)
+
+    return Dataset("noise", split(40), split(8), 4, ("a", "b", "c", "d"))
+
+
+CLIENTS = {
+    "gradient": Gradient(lr=0.1, batch=4),
+    "fedavg": FedAvg(lr=0.05, batch=2, steps=3),
+}
+MODELS = {"mlp": MLPSpec(hidden=(16,)), "convnet": ConvNetSpec(width=2, norm="batch")}
+
+
+def job(client: str, model: str, training: bool, defense=None) -> Job:
+    probes = tuple((c, (4 * c, 4 * c + 1)) for c in range(3))
+    return Job(
+        dataset=None,
+        model=MODELS[model],
+        client=CLIENTS[client],
+        federation=INLINE,
+        defense=defense or Compose(()),
+        clients=3,
+        rounds=2,
+        seed=0,
+        attack_rounds=(0, 1),
+        probes=() if training else probes,
+        keep_training=training,
+    )
+
+
+def loss_at_the_truth(exchange) -> float:
+    batch = exchange.trained
+    guess = engine.simulate(exchange.model, batch.images, batch.targets, exchange.local)
+    return float(engine.cosine(guess, exchange.update.tensors))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("client", CLIENTS)
+def test_the_true_images_explain_single_updates_and_sums(client, model, training):
+    todo = job(client, model, training)
+    exchanges = federate(todo, dataset(), lambda done, rounds: None).exchanges
+    assert len(exchanges) == 6
+    for e in exchanges:
+        assert loss_at_the_truth(e) < 1e-5
+    for round in (0, 1):
+        here = [e for e in exchanges if e.round == round]
+        (whole,) = summed(here, todo)
+        assert len(whole.batch) == sum(len(e.batch) for e in here)
+        assert loss_at_the_truth(whole) < 1e-5
+
+
+class Sparse(Compose):
+    """Draws by Poisson sampling, so that some clients draw nothing."""
+
+    poisson = True
+
+    def update(self, update: Update, rng: torch.Generator) -> Update:
+        noise = {k: t + torch.randn(t.shape, generator=rng) for k, t in update.tensors.items()}
+        return Update(noise, update.buffers, update.count)
+
+
+def test_a_sum_holds_every_reply_also_of_clients_that_drew_nothing():
+    todo = job("gradient", "mlp", True, Sparse(()))
+    todo = Job(**(vars(todo) | {"client": Gradient(lr=0.1, batch=1), "rounds": 6,
+                                "attack_rounds": tuple(range(6))}))  # fmt: skip
+    exchanges = federate(todo, dataset(), lambda done, rounds: None).exchanges
+    short = 0
+    for round in range(6):
+        here = [e for e in exchanges if e.round == round]
+        if not here:
+            continue
+        short += len(here) < 3
+        (whole,) = summed(here, todo)
+        assert whole.update.count == 3, "one expected image for each of three clients"
+        assert whole.local.parts == (), "who drew how many is private"
+        assert here[0].aggregate is not None
+        for k, t in whole.update.tensors.items():
+            assert torch.equal(t, here[0].aggregate.tensors[k])
+    assert short, "else this test could not fail"
