@@ -91,3 +91,8 @@ def test_refuses_what_is_no_run(change, key):
     with pytest.raises(Refused) as refusal:
         epsilon(**run)
     assert refusal.value.key == key
+
+
+def test_another_method_agrees():
+    """Privacy loss distributions (Google's dp-accounting) give 5.616 for the first known run."""
+    assert epsilon(1.0, 0.02, 2000, 1e-5, accountant="prv") == pytest.approx(5.616, abs=0.015)
