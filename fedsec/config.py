@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,8 @@ class Values:
         require(self.clients >= 1, "clients", "must be at least 1", self.clients)
         require(self.stack >= 1, "stack", "must be at least 1", self.stack)
         require(self.threads >= 1, "threads", "must be at least 1", self.threads)
+        most = 4 * (os.cpu_count() or 1)  # far more end the process, not the run
+        require(self.threads <= most, "threads", f"must be at most {most} here", self.threads)
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
         require(self.out != "", "out", "must name a folder", "nothing")

@@ -6,6 +6,7 @@ import itertools
 import math
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsec import cost, match, metrics, records, report
+from fedsec import cost, match, metrics, process, records, report
 from fedsec.attack import Attack
 from fedsec.checks import Refused, require
 from fedsec.client import schedule
@@ -80,33 +81,46 @@ def plan(
 
 def perform(plan: Plan, console: Console) -> int:
     """Run the plan and write its folder; the exit status: 0 done, 2 failed, 130 interrupted."""
-    writer = records.open_folder(plan.folder)
-    (plan.folder / records.CONFIG).write_text(plan.config)
+    writer = records.open_folder(plan.folder, plan.config)
     run = _Run(plan, console, writer)
-    status, code, why = "done", 0, ""
-    try:
-        for name, defense in plan.defenses:
-            run.one(name, defense)
-    except KeyboardInterrupt:
-        status, code, why = "interrupted", 130, "interrupted: what was finished is kept"
-    except Exception as error:
-        status, code, why = "failed", 2, _failed(error, plan, console)
-    summary = run.summary(status, why)
-    written = replace(records.read(plan.folder), run=records.filled(summary))
-    try:
-        run.pictures()
-        report.write([written], plan.folder / records.REPORT)
-    except Exception as error:
-        code, summary = 2, run.summary("failed", _failed(error, plan, console))
-    writer.finish(summary)  # last: run.json says that nothing more will come
-    console.result(written, why)
+    status, code, why, full = "done", 0, "", False
+    with ExitStack() as closing:
+        try:
+            try:
+                for name, defense in plan.defenses:
+                    run.one(name, defense)
+            finally:  # a second Ctrl-C does not cost run.json
+                closing.enter_context(process.undisturbed())
+        except (KeyboardInterrupt, SystemExit):  # Ray answers SIGTERM with SystemExit
+            status, code, why = "interrupted", 130, "interrupted: what was finished is kept"
+        except Exception as error:
+            status, code, why = "failed", 2, _failed(error, plan, console)
+            full = isinstance(error, records.NotSaved)
+        written = replace(records.read(plan.folder), run=records.filled(run.summary(status, why)))
+        try:
+            if not full:
+                run.pictures()
+                report.write([written], plan.folder / records.REPORT)
+        except Exception as error:
+            status, code, why = "failed", 2, _failed(error, plan, console)
+            full = isinstance(error, records.NotSaved)
+        try:  # last: run.json says that nothing more will come
+            writer.finish(run.summary(status, why))
+        except records.NotSaved as error:
+            code, why, full = 2, why if full else _failed(error, plan, console), True
+        console.result(written, "" if full else why)
     return code
 
 
 def _failed(error: Exception, plan: Plan, console: Console) -> str:
-    """Tell of an error with its traceback; one line for the records."""
-    (plan.folder / "error.txt").write_text(traceback.format_exc())
-    console.trouble(traceback.format_exc())
+    """Tell of an error, with its traceback unless the disk is full; one line for the records."""
+    if isinstance(error, records.NotSaved):
+        console.trouble(f"error: {error}")
+        return f"failed: {error}"
+    trace = traceback.format_exc()
+    console.trouble(trace)
+    with suppress(records.NotSaved), records.saving(plan.folder / "error.txt") as half:
+        half.write_text(trace, encoding="utf-8", errors="replace")
     first = next(iter(str(error).splitlines()), "")
     return f"failed: {type(error).__name__}: {first}"
 

@@ -12,7 +12,8 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ CONTRACT: dict[str, tuple[str, ...]] = {
     "versions": (),
     "command": (),
 }
+
+
+class Taken(Refused):
+    """The result folder holds something, perhaps that of a run which started meanwhile."""
 
 
 class NotSaved(Exception):
@@ -133,16 +138,28 @@ class Records:
         """Write run.json, whole or not at all. Raises NotSaved."""
         assert run.get("status") in STATUS, run.get("status")
         text = json.dumps(filled(run), indent=2, allow_nan=False) + "\n"
-        path = self.folder / RUN
-        half = path.with_suffix(".tmp")
-        try:
-            with open(half, "wb", buffering=0) as file:
-                _write(file, text.encode())
+        with saving(self.folder / RUN) as half, open(half, "wb", buffering=0) as file:
+            _write(file, text.encode())
+
+
+@contextmanager
+def saving(path: Path) -> Iterator[Path]:
+    """A path to write to, whose file becomes `path` when it is whole. Raises NotSaved."""
+    half = path.with_name(f".{path.name}")
+    if path.exists() and not path.is_file():
+        half = path  # a device, which cannot be replaced
+    try:
+        yield half
+        if half != path:
             os.replace(half, path)
-            _sync_folder(self.folder)
-        except OSError as error:
-            half.unlink(missing_ok=True)
+            _sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            if half != path:
+                half.unlink(missing_ok=True)
+        if isinstance(error, OSError):
             raise _not_saved(path, error) from error
+        raise
 
 
 def check_folder(path: Path) -> None:
@@ -151,22 +168,38 @@ def check_folder(path: Path) -> None:
         free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
     except OSError:
         raise Refused("out", "must be writable", path) from None
-    require(free, "out", "must be empty or new", path)
+    if not free:
+        raise Taken("out", "must be empty or new", path)
     at = next(p for p in (path, *path.absolute().parents) if p.exists())
     require(at.is_dir() and os.access(at, os.W_OK | os.X_OK), "out", "must be writable", path)
 
 
-def open_folder(path: str | Path) -> Records:
-    """Create the result folder. Refuses what `check_folder` refuses, and then leaves nothing."""
+def open_folder(path: str | Path, config: str = "") -> Records:
+    """Create the result folder and config.yaml in it, by which it is taken.
+
+    Refuses what `check_folder` refuses, and what another run opens at the same time. Raises
+    NotSaved where the disk has no room for `config`. After either it leaves nothing.
+    """
     path = Path(path)
     check_folder(path)
     made = [p for p in (path, *path.absolute().parents) if not p.exists()]
+    taken = path / CONFIG
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        with open(taken, "xb", buffering=0) as file:
+            try:
+                _write(file, config.encode(errors="surrogateescape"))
+            except OSError as error:
+                taken.unlink()
+                raise _not_saved(taken, error) from error
+    except FileExistsError:
+        raise Taken("out", "must be empty or new", path) from None
+    except (OSError, NotSaved) as error:
         for folder in made:
-            if folder.is_dir():
+            with suppress(OSError):  # another run's by now
                 folder.rmdir()
+        if isinstance(error, NotSaved):
+            raise
         raise Refused("out", "must be writable", path) from None
     return Records(path)
 

@@ -8,24 +8,37 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import date
+from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from fedsec import process
+
+if __name__ == "__main__":
+    process.enter()
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions reach us, and become one line
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedsec import records
 from fedsec.checks import Refused, require
 from fedsec.console import Console
+
+if TYPE_CHECKING:
+    from fedsec.experiment import Plan
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation")
@@ -33,6 +46,7 @@ GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation"
 FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "--info")
 SHOWN = ("job", "hydra", "all")
 VALUED = {"--cfg": SHOWN, "-c": SHOWN, "--config-dir": None, "-cd": None}  # None: a folder
+PATHS = re.compile(r"^(\+{0,2}(?:out|data\.path|data\.root|model\.weights))=(.*)$", re.DOTALL)
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
@@ -42,11 +56,13 @@ _statuses: list[int] = []  # of the runs of this process, in order
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line says; the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    before, typed = signal.signal(signal.SIGTERM, _interrupt), sys.argv
+    typed = sys.argv
     _statuses.clear()
     try:
-        sys.argv = [sys.argv[0], *prepared(words)]
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
+        ready = prepared(words)
+        sys.argv = [sys.argv[0], *ready]
+        with process.signals_kept(), _swept(ready, words):
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
     except Refused as refusal:
         return _refused(str(refusal))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # from Hydra: see `task`
@@ -58,7 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:  # after Hydra's help
         return 1 if stop.code else 0
     finally:
-        signal.signal(signal.SIGTERM, before)
         sys.argv = typed
     return max(_statuses, default=0)
 
@@ -72,6 +87,9 @@ def task(cfg: DictConfig) -> int:
         status = _run(cfg)
     except Refused as refusal:
         status = _refused(str(refusal))
+    except records.NotSaved as full:
+        print(f"error: {full}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted before anything was computed", file=sys.stderr)
         status = 130
@@ -85,8 +103,6 @@ def task(cfg: DictConfig) -> int:
 
 
 def _run(cfg: DictConfig) -> int:
-    from fedsec.records import default_folder
-
     chosen = HydraConfig.get()
     names = _names(cfg, chosen.runtime.choices)
     console = Console()
@@ -96,26 +112,42 @@ def _run(cfg: DictConfig) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
-    import torch
-
     from fedsec import config, experiment
 
+    process.listen()  # modules that an exception interrupts may say anything
     settings = config.settings(cfg, names)
     extra = [Path(s.path) for s in chosen.runtime.config_sources if s.schema == "file" and s.path]
     presets = config.presets("threat", list(dict.fromkeys([CONFIGS, *extra])))
     today = date.today().isoformat()
     name = names["attack"], names["defense"]
-    if str(chosen.mode) == "RunMode.MULTIRUN":
-        folder = Path(str(cfg.out)) / f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
-    elif cfg.out is None:
-        folder = default_folder("outputs", *name, int(cfg.seed), today)
-    else:
-        folder = Path(str(cfg.out)).expanduser()
+    several = str(chosen.mode) == "RunMode.MULTIRUN"
+
+    def free() -> Path:
+        return records.default_folder("outputs", *name, int(cfg.seed), today)
+
+    folder = free() if cfg.out is None else Path(str(cfg.out)).expanduser()
+    if several:
+        folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
     command = shlex.join(["python", "-m", "fedsec.run", *chosen.overrides.task])
-    plan = experiment.plan(settings, presets, folder, OmegaConf.to_yaml(cfg), command)
-    values = settings.values
-    steps = settings.attack.evaluations
-    many = len(plan.defenses)
+    plan = None
+    while True:
+        try:
+            if plan is None:
+                plan = experiment.plan(settings, presets, folder, OmegaConf.to_yaml(cfg), command)
+                _announce(plan, console)
+            return experiment.perform(plan, console)
+        except records.Taken:  # meanwhile, by another run: one without a name takes the next
+            if several or cfg.out is not None:
+                raise
+            folder = free()
+            plan = plan and replace(plan, folder=folder)
+
+
+def _announce(plan: Plan, console: Console) -> None:
+    import torch
+
+    values, many = plan.settings.values, len(plan.defenses)
+    steps = plan.settings.attack.evaluations
     work = (
         f"{values.clients} clients · {values.rounds} rounds · {values.images} images"
         + (f" x {many} defenses (none = control)" if many > 1 else "")
@@ -124,7 +156,6 @@ def _run(cfg: DictConfig) -> int:
     threads = f", {values.threads} thread{'s' * (values.threads > 1)}"
     device = plan.device + (threads if plan.device == "cpu" else "")
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
-    return experiment.perform(plan, console)
 
 
 def _names(cfg: DictConfig, choices: Mapping[str, object]) -> dict[str, str]:
@@ -136,6 +167,9 @@ def _names(cfg: DictConfig, choices: Mapping[str, object]) -> dict[str, str]:
             way = "sweep with -m and commas" if group != "defense" else "quote it"
             raise Refused(group, f"takes one option; {way}", "a list")
         names[group] = chosen
+    given = HydraConfig.get().overrides.task
+    if any(word.lstrip("+~").startswith("threat.") for word in given):
+        names["threat"] = "custom"  # no longer what the preset's name says
     if names["defense"] == "composed":
         names["defense"] = "+".join(str(k) for k in cfg.defense or ()) or "composed"
     return names
@@ -149,7 +183,14 @@ def prepared(words: list[str]) -> list[str]:
     """
     out: list[str] = []
     values, options = _parted(words)
+    sweeps = bool({"-m", "--multirun"} & set(options)) or any(
+        word.startswith("sweep=") for word in values
+    )
     for word in values:
+        path = PATHS.match(word)
+        if path:
+            out.append(f"{path[1]}={_quoted(path[2], sweeps and path[1] != 'out')}")
+            continue
         found = LIST.match(word)
         if not found:
             out.append(word)
@@ -158,12 +199,10 @@ def prepared(words: list[str]) -> list[str]:
         if len(set(parts)) != len(parts) or not parts:
             raise Refused("defense", "must name different defenses", found[2] or "[]")
         out += ["defense=composed", *(f"+defense@defense.{p}={p}" for p in parts)]
-    sweeps = {"-m", "--multirun"} & set(options) or any(w.startswith("sweep=") for w in out)
     if sweeps:
-        given = [w.partition("=")[2] for w in out if w.startswith("out=")]
-        folder = given[-1] if given else _fresh(Path("outputs") / date.today().isoformat())
-        out += [] if given else [f"out={folder}"]
-        out += [f"hydra.sweep.dir={folder}"]
+        given = _folder(words) or str(_fresh(Path("outputs") / date.today().isoformat()))
+        out += [] if _folder(words) else [f"out={given}"]
+        out += [f"hydra.sweep.dir={_quoted(str(Path(given).expanduser()), False)}"]
     return out + options
 
 
@@ -190,11 +229,64 @@ def _parted(words: list[str]) -> tuple[list[str], list[str]]:
     return values, options
 
 
+def _folder(words: list[str]) -> str:
+    """The result folder that the words ask for, or nothing."""
+    given = [word.partition("=")[2] for word in words if word.startswith("out=")]
+    return "" if not given or given[-1] == "null" else given[-1]
+
+
 def _fresh(parent: Path) -> Path:
-    number = 1
-    while (parent / f"sweep-{number}").exists():
-        number += 1
-    return parent / f"sweep-{number}"
+    """A new folder for a sweep, made here: another one which starts now takes the next number."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            with suppress(FileExistsError):
+                (parent / f"sweep-{number}").mkdir()
+                return parent / f"sweep-{number}"
+    except OSError as error:
+        raise Refused("out", f"must be writable ({error.strerror})", parent) from None
+    raise AssertionError
+
+
+def _quoted(path: str, sweeps: bool) -> str:
+    """`path` as Hydra reads it to the letter. null, quotes, and sweeps over paths stay."""
+    try:
+        read = OverridesParser.create().parse_override(f"path={path}").value()
+        quotes = isinstance(read, str) and f"{path[:1]}{path[-1:]}" in ("''", '""')
+        if read is None or read == path or quotes or (sweeps and isinstance(read, Sweep)):
+            return path
+    except HydraException:
+        pass
+    if sweeps and "," in path and not Path(path).expanduser().exists():
+        return ",".join(_quoted(part, False) for part in path.split(","))
+    # a backslash is one to Hydra except before a quote
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), path)
+    return f"'{escaped}'"
+
+
+@contextmanager
+def _swept(ready: list[str], words: list[str]) -> Iterator[None]:
+    """After a sweep without a single cell nothing is left of what Hydra wrote for it."""
+    named = [word for word in ready if word.startswith("hydra.sweep.dir=")]
+    if not named:
+        yield
+        return
+    folder = Path(str(OverridesParser.create().parse_override(named[-1]).value()))
+    ours = [p for p in (folder, *folder.parents) if not p.exists()]
+    ours = ours if _folder(words) else [folder, *folder.parents[:2]]  # see `_fresh`
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    plan = folder / "multirun.yaml"
+    try:
+        yield
+    except OSError as error:  # of Hydra: see `task`
+        raise Refused("out", f"must be writable ({error.strerror})", folder) from None
+    finally:
+        if folder.is_dir() and set(folder.iterdir()) - before <= {plan}:
+            if plan not in before:
+                plan.unlink(missing_ok=True)
+            with suppress(OSError):  # they hold something else
+                for made in ours:
+                    made.rmdir()
 
 
 def _refused(line: str) -> int:
@@ -231,9 +323,5 @@ def _one_line(error: Exception, words: list[str]) -> str:
     return f"command line: {' '.join(text.split())[:300]}"
 
 
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    process.leave(main())

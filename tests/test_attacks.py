@@ -37,9 +37,7 @@ def rngs(victims):
 
 def observed(model, images, targets, **facts) -> Observation:
     """Each row of images [v b c h w] as one victim's gradient."""
-    updates = [
-        engine.simulate(model, i, t, GRADIENT) for i, t in zip(images, targets, strict=True)
-    ]
+    updates = [engine.simulate(model, i, t, GRADIENT) for i, t in zip(images, targets, strict=True)]
     stacked = {k: torch.stack([u[k] for u in updates]).detach() for k in updates[0]}
     for p in model.parameters():
         p.requires_grad_(False)

@@ -19,7 +19,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from fedsec import config, experiment, federation, records, report
+from fedsec import config, experiment, federation, process, records, report
 from fedsec.console import Console
 from fedsec.run import CONFIGS, prepared
 
@@ -203,6 +203,42 @@ def test_without_out_each_run_gets_a_folder_of_its_own(go, tmp_path):
     assert names == ["inverting-prune-0", "inverting-prune-0-2"]
 
 
+def test_a_default_folder_taken_meanwhile_is_passed_over(go, tmp_path, monkeypatch):
+    plan = experiment.plan
+
+    def other_run_first(settings, presets, folder, *rest):
+        planned = plan(settings, presets, folder, *rest)
+        records.open_folder(folder)
+        return planned
+
+    monkeypatch.setattr(experiment, "plan", other_run_first)
+    assert go("out=null")[0] == 0
+    (day,) = (tmp_path / "outputs").iterdir()
+    found = {p.name: {f.name for f in p.iterdir()} for p in day.iterdir()}
+    assert found == {"inverting-none-0": {"config.yaml"}, "inverting-none-0-2": FILES}
+    status, _, err = go(out="named")
+    assert (status, line(err)) == (1, f"out: must be empty or new, got {tmp_path / 'named'}")
+
+
+def test_an_empty_output_folder_may_be_there(go, tmp_path):
+    (tmp_path / "out").mkdir()
+    assert go()[0] == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+
+
+ODD = "ünï ~(a){b}='[c]\"#,d$e:f%*?!&;|<\\>@`^.x"
+
+
+def test_every_path_that_the_disk_takes_can_be_named(go, tmp_path):
+    tiny.npz(tmp_path).rename(tmp_path / f"{ODD}.npz")
+    assert go("data=npz", f"data.path={ODD}.npz", out=ODD)[0] == 0
+    assert {p.name for p in (tmp_path / ODD).iterdir()} == FILES
+    again = shlex.split(tiny.whole(tmp_path / ODD)["command"])[3:]
+    assert go(*again, out="two")[0] == 1  # out= is said again, and later: the folder is in use
+    assert go(*(word for word in again if not word.startswith("out=")), out="two")[0] == 0
+    assert tiny.numbers(tmp_path / "two") == tiny.numbers(tmp_path / ODD)
+
+
 def test_the_report_reads_what_runs_write(go, tmp_path, capsys):
     assert go("defense=prune", out="all/a")[0] == 0
     assert go("defense=noise", out="all/b")[0] == 0
@@ -222,6 +258,36 @@ def test_a_sweep_writes_a_folder_for_each_cell(go, tmp_path):
                      "002-inverting-none-1", "003-inverting-prune-1"}  # fmt: skip
     for name in names:
         assert tiny.whole(tmp_path / "out" / name)["status"] == "done"
+
+
+def test_a_sweep_takes_odd_paths_and_a_home_folder(go, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny.npz(tmp_path).rename(tmp_path / "ä.npz")
+    tiny.npz(tmp_path)
+    words = ("-m", "data=npz", "data.path=ä.npz,~/tiny.npz", "images=2", "control=false")
+    assert go(*words, "out=~/a (b),c")[0] == 0
+    cells = [p for p in (tmp_path / "a (b),c").iterdir() if p.is_dir()]
+    assert {tiny.whole(cell)["status"] for cell in cells} == {"done"}
+    assert len(cells) == 2
+
+
+def test_a_sweep_without_a_cell_leaves_nothing(go, tmp_path):
+    tiny.npz(tmp_path)
+    wrong = ("-m", "attack.steps=0,-1")
+    assert go(*wrong, out="deep/out")[0] == 1
+    assert go(*wrong, "out=null")[0] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.npz"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/multirun.yaml").write_text("mine")
+    (tmp_path / "mine/note.txt").write_text("mine")
+    assert go(*wrong, out="mine")[0] == 1
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == {"multirun.yaml", "note.txt"}
+
+
+def test_sweeps_that_start_together_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {word for _ in range(2) for word in prepared(["-m", "seed=0,1"]) if "out=" in word}
+    assert {word[-7:] for word in folders} == {"sweep-1", "sweep-2"}
 
 
 def test_a_cell_that_is_refused_or_fails_does_not_stop_the_others(go, tmp_path, monkeypatch):
@@ -324,6 +390,7 @@ REFUSED = [
     ("clients=81", r"clients: must be at most the 80 training images, got 81"),
     ("stack=0", r"stack: must be at least 1, got 0"),
     ("threads=0", r"threads: must be at least 1, got 0"),
+    ("threads=100000", r"threads: must be at most \d+ here, got 100000"),
     ("device=tpu", r"device: must be auto, cpu or cuda, got tpu"),
     ("client.lr=0", r"client\.lr: must be above 0 and finite, got 0\.0"),
     ("model.mode=odd", r"model\.mode: must be among train, eval, got odd"),
@@ -538,7 +605,92 @@ def test_an_interruption_keeps_the_rows_that_are_done(go, tmp_path, monkeypatch,
     assert (tmp_path / "out/grid.png").exists() == (stacks > 0)
 
 
+@pytest.mark.parametrize("late", ["pictures", "write", "finish"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_late_interruption_does_not_cost_the_run(go, tmp_path, monkeypatch, late, first):
+    """While the folder is closed, after a first Ctrl-C or after all was done."""
+    from attacks.inverting import Inverting
+
+    where = {"pictures": experiment._Run, "write": report, "finish": records.Records}[late]
+    work = getattr(where, late)
+
+    def disturbed(*rest):
+        for each in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), each)
+        return work(*rest)
+
+    def interrupted(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr(where, late, disturbed)
+    if first:
+        monkeypatch.setattr(Inverting, "__call__", interrupted)
+    before = [signal.getsignal(each) for each in process.ENDING]
+    status, _, err = go()
+    assert (status, err) == (130 if first else 0, "")
+    assert tiny.whole(tmp_path / "out")["status"] == ("interrupted" if first else "done")
+    assert [signal.getsignal(each) for each in process.ENDING] == before
+
+
+@pytest.mark.parametrize("room", [0, 1, 2])
+def test_a_full_disk_is_one_line_and_keeps_what_was_saved(go, tmp_path, monkeypatch, room):
+    """The disk takes `room` files or rows more: the configuration, the control's rows, ..."""
+    left, sync = [room], os.fsync
+
+    def full(handle):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = go("defense=noise")
+    assert status == 2
+    assert re.fullmatch(r"error: .*: No space left on device; what was saved .* kept\n", err), err
+    kept = {p.name for p in tmp_path.rglob("*") if p.is_file()} - {"tiny.npz"}
+    assert kept == {"config.yaml", "records.jsonl"} if room else kept == set()
+    if room:
+        assert [r["defense"] for r in tiny.rows(tmp_path / "out")] == ["none"] * 4 * (room - 1)
+
+
 # ---------------------------------------------------------------- processes of their own
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_while_modules_load_is_one_line(tmp_path, name):
+    (tmp_path / "hydra.py").write_text(
+        "import os, signal, time\n"
+        "try:\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        "    time.sleep(10)\n"
+        "except BaseException:\n"
+        "    raise ImportError('numpy is broken')\n"
+    )
+    env = tiny.ENV | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.ROOT}"}
+    done = subprocess.run([sys.executable, "-m", "fedsec.run"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted before anything was computed\n"
+
+
+def test_output_that_nobody_reads_does_not_end_the_run(tmp_path):
+    """Both streams go into a pipe that is closed, as with `2>&1 | head -n 0`."""
+    read, write = os.pipe()
+    os.close(read)
+    line = [sys.executable, "-m", "fedsec.run", *tiny.words(tmp_path, "control=false")]
+    done = subprocess.run(line, cwd=tmp_path, env=tiny.ENV, stdout=write, stderr=write, timeout=60)
+    os.close(write)
+    assert done.returncode == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+
+
+def test_a_terminal_without_unicode_gets_something_else(tmp_path):
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    line = [sys.executable, "-m", "fedsec.run", *tiny.words(tmp_path, "threads=0")]
+    done = subprocess.run(line, cwd=tmp_path, env=tiny.ENV | plain, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, b"error: threads: must be at least 1, got 0\n")
+    assert b"attack inverting ? defense none" in done.stdout
 
 
 def until(process: subprocess.Popen, *pieces: str) -> None:

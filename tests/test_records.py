@@ -98,7 +98,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
     assert (tmp_path / "records.jsonl").read_bytes() == before
     with pytest.raises(records.NotSaved, match=r"run\.json"):
         out.finish({"status": "done"})
-    assert [p.name for p in tmp_path.iterdir()] == ["records.jsonl"]
+    assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "records.jsonl"}
     monkeypatch.undo()
     out.append([replace(ROW, victim=2)])
     assert [row.victim for row in records.read(tmp_path).rows] == [0, 2]
@@ -178,6 +178,46 @@ def test_a_folder_that_cannot_be_made_leaves_none_of_its_parents(tmp_path, monke
     with pytest.raises(Refused, match="out: must be writable"):
         records.open_folder(tmp_path / "a" / "b" / "c")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    """Also where both found it free: the second run checked it before the first one opened it."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(records, "check_folder", lambda path: None)
+    for name in ("new", "empty"):
+        records.open_folder(tmp_path / name, "first: 1\n")
+        with pytest.raises(records.Taken, match=f"^out: must be empty or new, got .*{name}$"):
+            records.open_folder(tmp_path / name, "second: 2\n")
+        assert (tmp_path / name / "config.yaml").read_text() == "first: 1\n"
+
+
+def test_a_disk_without_room_for_the_configuration_leaves_nothing(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(records.NotSaved, match=r"config\.yaml: No space left on device"):
+        records.open_folder(tmp_path / "a" / "b", "x: 1\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_saved_whole_leaves_what_was_there(tmp_path):
+    path = tmp_path / "grid.png"
+    path.write_text("old")
+
+    def fill():
+        with records.saving(path) as half:
+            half.write_text("ne")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(records.NotSaved, match=r"grid\.png: No space left on device; what"):
+        fill()
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("grid.png", "old")]
+    with records.saving(path) as half:
+        half.write_text("new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("grid.png", "new")]
+    with records.saving(Path(os.devnull)) as half:  # a device is written, never replaced
+        assert half == Path(os.devnull)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -141,6 +141,31 @@ def test_numbers_on_page_and_console_are_those_of_stats_on_the_rows(tmp_path, ca
     assert f"{share:.0%} [{low:.0%}, {high:.0%}]".replace("%", "") in text
 
 
+FEDERATION = {
+    "federation": {"engine": "inline", "strategy": "fedavg", "split": "iid", "alpha": 0.5,
+                   "shards": 2},
+    "stack": 16, "threads": 1, "lpips": "alex", "clients": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "apart"),
+    [("split", "dirichlet", True), ("alpha", 0.1, True), ("shards", 1, True),
+     ("strategy", "fedmedian", True), ("engine", "ray", False), ("stack", 4, False),
+     ("threads", 2, False), ("lpips", "vgg", True), ("clients", 8, True)],
+)  # fmt: skip
+def test_only_runs_that_measure_the_same_are_averaged(tmp_path, key, value, apart):
+    other = json.loads(json.dumps(FEDERATION))
+    (other["federation"] if key in other["federation"] else other)[key] = value
+    for name, config in (("a", FEDERATION), ("b", other)):
+        _run(tmp_path / name, _rows("none", 21.4), config=json.dumps(config), pictures=False)
+    found = numbers.groups([records.read(tmp_path / name) for name in "ab"])
+    assert len(found) == 1 + apart
+    headings = [scenario.heading for scenario in numbers.scenarios(found)]
+    assert headings == ([f"{key} {FEDERATION['federation'].get(key, FEDERATION.get(key))}",
+                         f"{key} {value}"] if apart else [""])  # fmt: skip
+
+
 def test_rows_with_missing_values_are_counted_not_averaged_as_zero(tmp_path):
     rows = _rows("none", 21.4, 8)
     rows[0] = replace(rows[0], lpips=None, flags=("lpips: no features",))

@@ -1,5 +1,7 @@
-import sys
+from fedsec import process
 
-from fedsec.report.console import main
+process.enter()
 
-sys.exit(main())
+from fedsec.report.console import main  # noqa: E402
+
+process.leave(main())

@@ -126,7 +126,8 @@ def _report(folders: Sequence[str], out: str | None) -> int:
     path = Path(out) if out else Path(folders[0]) / records.REPORT
     try:
         write(runs, path)
-    except OSError as error:
-        raise Refused("out", f"must be writable ({error.strerror})", path) from None
+    except records.NotSaved as error:
+        why = getattr(error.__cause__, "strerror", None) or error
+        raise Refused("out", f"must be writable ({why})", path) from None
     print(f"\nwrote {path}")
     return 0

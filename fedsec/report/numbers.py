@@ -23,8 +23,8 @@ FEWEST = 4  # images below which "leaks" is never said: a bootstrap of two or th
 
 # Configuration that does not change what is measured, only on how much of it, where and how fast.
 ASIDE = (
-    *("seed", "out", "device", "control", "images", "attack_rounds", "federation", "sweep"),
-    *("data.root", "data.download"),
+    *("seed", "out", "device", "control", "images", "attack_rounds", "sweep"),
+    *("stack", "threads", "federation.engine", "data.root", "data.download"),
 )
 
 
@@ -265,7 +265,7 @@ def config(folder: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        flat = _flat(yaml.safe_load(path.read_text()))
+        flat = _flat(yaml.safe_load(path.read_text("utf-8", "replace")))
     except yaml.YAMLError as error:
         raise Refused(str(path), "must be YAML", str(error).splitlines()[0]) from None
     return {k: v for k, v in flat.items() if k.split(".")[0] not in ASIDE and k not in ASIDE}

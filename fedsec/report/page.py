@@ -27,7 +27,7 @@ from fedsec.report.words import (
 
 
 def write(runs: Sequence[Run], path: str | Path) -> None:
-    """Write one HTML file that needs no network, no script and no other file."""
+    """Write one HTML file that needs no network, no script and no other file. Raises NotSaved."""
     import jinja2
 
     found = groups(runs)
@@ -40,8 +40,9 @@ def write(runs: Sequence[Run], path: str | Path) -> None:
     )
     environment.filters["typeset"] = _typeset
     page = environment.get_template(records.REPORT).render(_page(runs, found))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    with records.saving(Path(path)) as half:
+        half.parent.mkdir(parents=True, exist_ok=True)
+        half.write_text(page, encoding="utf-8", errors="replace")
 
 
 def _margin() -> float:
@@ -167,7 +168,7 @@ def _configs(runs: Sequence[Run]) -> list[tuple[str, str]]:
     for run in runs:
         path = run.folder / records.CONFIG
         if path.exists():
-            seen.setdefault(path.read_text(), []).append(str(run.folder))
+            seen.setdefault(path.read_text("utf-8", "replace"), []).append(str(run.folder))
     return [(", ".join(folders), text) for text, folders in seen.items()]
 
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedsec import records
+
 MOST_IMAGES = 16  # columns
 
 
@@ -56,7 +58,8 @@ def grid(
     kept = PngInfo()
     layout = {"x": left, "step": cell + gap, "size": [cell, tall], "true": [wide, high]}
     kept.add_text("fedsec", json.dumps(layout | {"rows": places, "count": count, "note": note}))
-    sheet.save(path, pnginfo=kept)
+    with records.saving(Path(path)) as half:
+        sheet.save(half, "PNG", pnginfo=kept)
 
 
 def grid_cells(path: Path) -> dict[str, Any]:
