@@ -1,6 +1,7 @@
 """The exact leak of a fully connected layer that sees the input."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from fedsec import cost, engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import Refused
 from fedsec.models import first_layer
-from fedsec.types import Local, Reconstruction
+from fedsec.types import Local, Reconstruction, Tensors
 
 NEURONS = 2048  # read per victim, those with the largest bias gradients
 
@@ -35,26 +36,27 @@ class Linear(Attack):
                           "(model=mlp)", f"{kind} {name}")  # fmt: skip
 
     def __call__(self, seen, rngs, progress):
-        found: list[Reconstruction] = []
-        spent = cost.flops(lambda: found.append(self._found(seen, rngs)))
-        progress(1, 1, float(found[0].loss.mean()))
-        each = torch.full((len(rngs),), spent / len(rngs), dtype=torch.float64)
-        return replace(found[0], gflop=each)
-
-    def _found(self, seen, rngs) -> Reconstruction:
         update = seen.update if "update" in seen.grants else seen.aggregate
         name, _ = first_layer(seen.model)
-        rows, bias = update.tensors[f"{name}.weight"], update.tensors[f"{name}.bias"]
-        images = torch.stack([_read(seen, w, b) for w, b in zip(rows, bias, strict=True)])
-        targets, _ = labels.targets_of(seen, rngs)
+        targets, told = labels.targets_of(seen, rngs)
         local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
-        nothing = torch.zeros(len(images), dtype=torch.long)
-        loss = []
-        for v in range(len(images)):  # re-computing the update certifies the result
-            guess = engine.simulate(seen.model, images[v], targets[v], local)
-            loss.append(engine.cosine(guess, {k: t[v] for k, t in update.tensors.items()}))
-        loss = torch.stack(loss).detach()
-        return Reconstruction(images.clamp(0, 1), targets.argmax(-1), loss, nothing, loss.double())
+        images, loss, spent = [], [], []
+
+        def one(observed: Tensors, victim: int) -> None:
+            rows, bias = observed[f"{name}.weight"], observed[f"{name}.bias"]
+            images.append(_read(seen, rows, bias))
+            # re-computing the update certifies the result
+            guess = engine.simulate(seen.model, images[-1], targets[victim], local)
+            loss.append(engine.cosine(guess, observed).detach())
+
+        for v in range(len(rngs)):
+            observed = {k: t[v] for k, t in update.tensors.items()}
+            spent.append(told + cost.flops(partial(one, observed, v)))
+            progress(v + 1, len(rngs), float(loss[-1]))
+        nothing = torch.zeros(len(rngs), dtype=torch.long)
+        gflop = torch.tensor(spent, dtype=torch.float64)
+        found = torch.stack(images).clamp(0, 1)
+        return Reconstruction(found, targets.argmax(-1), torch.stack(loss), nothing, gflop)
 
 
 def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

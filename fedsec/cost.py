@@ -223,7 +223,7 @@ def _energy_meter(device: torch.device) -> tuple[Callable[[], float] | None, str
     if device.type != "cuda":
         return None, "energy is measured on NVIDIA GPUs only"
     try:
-        import pynvml
+        import pynvml  # pyright: ignore[reportMissingImports]: an extra
     except ImportError:
         return None, "energy needs nvidia-ml-py: pip install 'fedsec[gpu]'"
     try:

@@ -185,7 +185,7 @@ class _Run:
         for round in self.values.attack_rounds:
             here = [e for e in exchanges if e.round == round]
             if threat.sums_only:
-                here = summed(here, job)
+                here = summed(here, None if job.keep_training else job.clients)
             taken, kept = 0, []
             for e in here:  # victim_batch=same: whole updates until the images are reached
                 if taken < wanted:

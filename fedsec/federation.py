@@ -260,20 +260,21 @@ def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
     return exchanges
 
 
-def summed(exchanges: list[Exchange], job: Job) -> list[Exchange]:
+def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
     """What secure aggregation shows of one round: one exchange for each sum over all clients.
 
-    Training exchanges make up one sum, of every reply, those with an empty Poisson draw too. Probes
-    are dealt to the clients in turn, so that consecutive ones make up a sum.
+    Probes are dealt to the `clients` in turn, so that consecutive ones make up a sum. Training
+    exchanges (`clients` None) make up one, of every reply: of an empty Poisson draw too.
     """
-    size = len(exchanges) if job.keep_training else job.clients
+    size = clients or max(1, len(exchanges))
     sums = []
     for start in range(0, len(exchanges), size):
         some = exchanges[start : start + size]
-        whole = some[0].aggregate if job.keep_training else mean_update([e.update for e in some])
+        whole = mean_update([e.update for e in some]) if clients else some[0].aggregate
         assert whole is not None
+        assert isinstance(some[0].defense, Defense)
         # how many images each client drew is private under Poisson sampling
-        parts = () if job.defense.poisson else tuple(len(e.batch) for e in some)
+        parts = () if some[0].defense.poisson else tuple(len(e.batch) for e in some)
         sums.append(
             replace(
                 some[0],
