@@ -3,7 +3,8 @@
 Lanes = victims x restarts are the leading axis of one tensor and are all stepped together. An
 attack contributes its distance, priors, step rule and schedule; the engine owns the loop: it keeps
 each lane's best iterate by the attack's own objective, retires lanes that are done, stuck or
-non-finite, and talks to the device only to report progress.
+non-finite, and talks to the device only to report progress. A step's gradient comes from the sweeps
+(sweeps.py) where they know the model, the distance and the update, else from autograd.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 
+from fedsec import sweeps
 from fedsec.attack import Progress
 from fedsec.cost import flops
 from fedsec.threat import Observation
@@ -88,6 +90,10 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
     down = (images[..., 1:, :] - images[..., :-1, :]).abs()
     across = (images[..., :, 1:] - images[..., :, :-1]).abs()
     return sum(d.sum() / max(1, d.numel()) for d in (down, across))  # type: ignore[return-value]
+
+
+# distances that the sweeps know from inner products alone; any other goes through autograd
+INNER: dict[Distance, sweeps.Inner] = {cosine: sweeps.COSINE, squared: sweeps.SQUARED}
 
 
 # ---- step rules ---------------------------------------------------------------------------------
@@ -313,9 +319,8 @@ class _Lanes:
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
-        # the outer gradient is taken inside vmap: autograd's, of what vmap returns, is wrong for
-        # BatchNorm in train mode (PyTorch 2.15), which a test compares with plain autograd
-        self._lane = vmap(grad_and_value(self._one), randomness="error")
+        self.swept = self._sweeps()
+        self.said: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
@@ -340,8 +345,33 @@ class _Lanes:
         return torch.cat([pixels, x[:, self.pixels :]], 1)
 
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Each lane's objective [l] and its gradient [l d]."""
-        gradient, loss = self._lane(x, *self._facts(active))
+        """Each lane's objective [l] and its gradient [l d]: by sweeps, else by autograd."""
+        if self.swept is None:
+            return self.by_autograd(x, active)
+        if self.said[0] is not active:  # a list costs a synchronisation: one each time lanes retire
+            self.said = (active, (active // self.search.restarts).tolist())
+        pixels = self._normalised(x)
+        if self.targets is None:
+            targets = self._logits(x).softmax(-1)
+        else:
+            targets = self.targets[active // self.search.restarts]
+        images = pixels * self.std + self.mean
+        loss, of_images, of_targets = self.swept(images, targets, self.said[1])
+        gradient = of_images * self.std
+        if self.search.priors:
+            of_prior, prior = vmap(grad_and_value(self._prior))(pixels)
+            loss, gradient = loss + prior, gradient + of_prior
+        if self.targets is not None:
+            return loss, gradient.flatten(1)
+        centred = of_targets - (targets * of_targets).sum(-1, keepdim=True)
+        return loss, torch.cat([gradient.flatten(1), (targets * centred).flatten(1)], 1)
+
+    def by_autograd(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for any model, update and distance: a gradient of a gradient."""
+        # the outer gradient is taken inside vmap: autograd's, of what vmap returns, is wrong for
+        # BatchNorm in train mode (PyTorch 2.15), which a test compares with plain autograd
+        lane = vmap(grad_and_value(self._one), randomness="error")
+        gradient, loss = lane(x, *self._facts(active))
         return loss, gradient
 
     def reconstruction(
@@ -374,6 +404,21 @@ class _Lanes:
         targets = victim if self.targets is None else self.targets[victim]
         return targets, {k: t[victim] for k, t in self.observed.items()}
 
+    def _sweeps(self) -> sweeps.LaneStep | None:
+        """None where this search needs autograd."""
+        one_gradient = self.local.kind == "gradient" and not self.local.parts
+        inner = INNER.get(self.search.distance)
+        if not one_gradient or inner is None:
+            return None
+        try:
+            return sweeps.LaneStep(self.model, self.observed, inner)
+        except sweeps.Unsupported:
+            return None
+
+    def _prior(self, pixels: Float[Tensor, "b c h w"]) -> Tensor:
+        """One lane's priors."""
+        return torch.stack([weight * prior(pixels) for weight, prior in self.search.priors]).sum()
+
     def _one(self, x: Float[Tensor, " d"], targets: Tensor, observed: Tensors) -> Tensor:
         """One lane's objective."""
         pixels = self._normalised(x[None])[0]
@@ -381,11 +426,13 @@ class _Lanes:
             targets = self._logits(x[None])[0].softmax(-1)
         update = simulate(self.model, pixels * self.std + self.mean, targets, self.local)
         loss = self.search.distance(update, observed)
-        for weight, prior in self.search.priors:
-            loss = loss + weight * prior(pixels)
-        return loss
+        return loss + self._prior(pixels) if self.search.priors else loss
 
     def _plain_step(self, x: Tensor) -> None:
-        """The first lane's step without vmap, so that its arithmetic can be counted."""
+        """The first lane's step as a plain double backward, so that its arithmetic can be counted.
+
+        Records state this count, whatever computes the step and however many lanes share it; the
+        sweeps do the same with less.
+        """
         targets, observed = self._facts(torch.zeros(1, dtype=torch.long))
         grad(self._one)(x[0], targets[0], {k: t[0] for k, t in observed.items()})

@@ -315,7 +315,8 @@ def test_the_cost_is_steps_times_one_counted_lane_step():
     found = engine.match(seen, targets, signed(7, restarts=3), rngs(1), nothing)
     lanes = engine._Lanes(seen, targets, signed(7))
     x = torch.randn(3, lanes.pixels, dtype=torch.float64)
-    stacked = cost.flops(lambda: lanes.objective(x, torch.zeros(3, dtype=torch.long)))
+    active = torch.zeros(3, dtype=torch.long)
+    stacked = cost.flops(lambda: lanes.by_autograd(x, active))
     # eight looks: seven moves, and the evaluation of where the last one led
     assert found.gflop[0].item() == pytest.approx(8 * stacked, rel=1e-9)
     assert found.steps[0] == 7 * 3
