@@ -1,0 +1,143 @@
+"""The engine's step beside one plain forward and backward pass of the same model and batch.
+
+    python benchmarks/engine.py                              four models, batch 1 and 16
+    python benchmarks/engine.py --models lenet --seconds 1   a look in seconds
+    python benchmarks/engine.py --device cuda                64 and 256 lanes as well
+
+Columns, for one lane: `plain`, milliseconds of one forward and backward pass; then as multiples of
+it, the median over turns that they take with it: `twin`, an eager double backward; `autograd`, the
+engine without sweeps; `sweeps`, the engine's step. GFLOP are counted: of the double backward, which
+records state, and of the sweeps. MB: what the sweeps' step adds to memory in use, of all lanes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+if __name__ == "__main__":  # before torch loads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedsec import cost, engine, models
+from fedsec.rng import stream
+from fedsec.threat import Observation
+from fedsec.types import Update
+
+MODELS = {
+    "lenet": models.LeNetSpec(),
+    "convnet": models.ConvNetSpec(),
+    "resnet20": models.ResNetSpec(),
+    "resnet18": models.ResNet18Spec(),
+}
+SHAPE, CLASSES, LEAST = (3, 32, 32), 10, 3  # turns, at least
+
+
+def median_ratios(
+    steps: dict[str, Callable[[], object]], lanes: dict[str, int], seconds: float, cuda: bool
+) -> tuple[float, dict[str, float]]:
+    """Seconds of "plain", and of each other step, for one lane, its median multiple of "plain"."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():  # not timed: kernels are chosen, memory is taken
+        step()
+    end = time.perf_counter() + seconds
+    while len(taken["plain"]) < LEAST or time.perf_counter() < end:
+        for name, step in steps.items():
+            if cuda:
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if cuda:
+                torch.cuda.synchronize()
+            taken[name].append((time.perf_counter() - start) / lanes[name])
+    turns = {name: zip(taken[name], taken["plain"], strict=True) for name in steps}
+    ratios = {name: statistics.median(t / p for t, p in both) for name, both in turns.items()}
+    return statistics.median(taken["plain"]), ratios
+
+
+def row(name: str, mode: str, count: int, lanes: int, options: argparse.Namespace) -> str:
+    """One line of the table: a model in a mode, at a batch size, with so many restarts."""
+    device = torch.device(options.device)
+    spec, half = MODELS[name], (0.5,) * 3
+    model = spec.build(SHAPE, CLASSES, half, half, stream(0, "model")).to(device)
+    model.train(mode == "train").requires_grad_(False)
+    rng = stream(0, "images")
+    x = torch.rand(count, *SHAPE, generator=rng).to(device)
+    targets = torch.eye(CLASSES)[torch.randint(CLASSES, (count,), generator=rng)].to(device)
+    shapes = [(k, p.shape) for k, p in model.named_parameters()]
+    update = {k: torch.randn(1, *s, generator=rng).mul(0.01).to(device) for k, s in shapes}
+    known = {"model": model, "update": Update(update, {}, count), "count": count, "shape": SHAPE}
+    seen = Observation("benchmark", known)
+    search = engine.Search(
+        distance=engine.cosine, rule=engine.Adam(lr=0.1), steps=1, restarts=lanes
+    )
+    stack = engine._Lanes(seen, targets[None], search)
+    z = stack.begin([stream(0, "attack")])
+    active = torch.zeros(lanes, dtype=torch.long, device=device)
+    steps: dict[str, Callable[[], object]] = {
+        "plain": lambda: gradients(model, x, targets, False),
+        "twin": lambda: double_backward(model, x, targets, update),
+        "autograd": lambda: stack.by_autograd(z, active),
+        "sweeps": lambda: stack.objective(z, active),
+    }
+    each = {"plain": 1, "twin": 1, "autograd": lanes, "sweeps": lanes}
+    with cost.Clock(device) as clock:
+        steps["sweeps"]()
+    did = cost.flops(steps["sweeps"]) / lanes
+    plain, ratio = median_ratios(steps, each, options.seconds, device.type == "cuda")
+    memory = "-" if clock.peak_mb is None else f"{clock.peak_mb:.0f}"
+    return (
+        f"{name:9}{mode:6}{count:5}{lanes:6}{1e3 * plain:10.2f}{ratio['twin']:8.2f}"
+        f"{ratio['autograd']:10.2f}{ratio['sweeps']:8.2f}{stack.gflop_step:10.3f}{did:9.3f}"
+        f"{memory:>8}"
+    )
+
+
+def gradients(model: nn.Module, x: Tensor, targets: Tensor, create_graph: bool):
+    weights = {k: p.detach().requires_grad_() for k, p in model.named_parameters()}
+    loss = F.cross_entropy(torch.func.functional_call(model, weights, (x,)), targets)
+    found = torch.autograd.grad(loss, list(weights.values()), create_graph=create_graph)
+    return dict(zip(weights, found, strict=True))
+
+
+def double_backward(model: nn.Module, x: Tensor, targets: Tensor, update: dict[str, Tensor]):
+    x = x.clone().requires_grad_()
+    guess = gradients(model, x, targets, True)
+    return torch.autograd.grad(engine.cosine(guess, {k: t[0] for k, t in update.items()}), x)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--lanes", nargs="+", type=int, help="default 1 4 16; 64 256 on a GPU")
+    parser.add_argument("--mode", nargs="+", choices=["train", "eval"], default=["eval", "train"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    options = parser.parse_args(arguments)
+    gpu = options.device == "cuda"
+    lanes = options.lanes or [1, 4, 16, *([64, 256] if gpu else [])]
+    machine = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}   {machine}   threads {torch.get_num_threads()}")
+    print(f"{'multiples of plain':>55}{'GFLOP: double':>20}")
+    print(
+        "model    mode  batch lanes  plain ms    twin  autograd  sweeps  backward   sweeps      MB"
+    )
+    cases = [(m, k, b) for m in options.models for b in options.batch for k in options.mode]
+    for name, mode, count in cases:
+        for some in lanes:
+            print(row(name, mode, count, some, options), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
