@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsec.threat import Observation
-from fedsec.types import Reconstruction
+from fedsec.types import Reconstruction, Tensors
 
-Progress = Callable[[int, int, float], None]  # steps done, steps in all, current mean objective
+Told = Callable[[int, int, float], None]  # steps done, steps in all, current mean objective
+
+
+class Place:
+    """Where one search of an attack keeps how far it is; here: nowhere."""
+
+    saved: Tensors | None = None  # what an earlier process kept of the same search, on the CPU
+
+    def save(self, state: Tensors, over: bool = False) -> None:
+        """Offer the state after a look at the lanes; `over`: it is the search's last one."""
+
+
+class Progress:
+    """What an attack passes on to its searches: they tell it how far they are, and keep it there.
+
+    This one says and keeps nothing. A plain function of `Told`'s arguments serves as well, where
+    nothing is to be kept.
+    """
+
+    def __call__(self, step: int, steps: int, loss: float) -> None:
+        """`step` of `steps` are done, with this mean objective."""
+
+    def place(self, problem: str, inputs: Iterable[Tensor]) -> Place:
+        """The place of the attack's next search; `problem` and `inputs` tell searches apart."""
+        return Place()
 
 
 class Attack:
@@ -28,7 +52,7 @@ class Attack:
         return 0
 
     def __call__(
-        self, seen: Observation, rngs: Sequence[torch.Generator], progress: Progress
+        self, seen: Observation, rngs: Sequence[torch.Generator], progress: Progress | Told
     ) -> Reconstruction:
         """Reconstruct every victim of the stack. `rngs` has one stream for each victim."""
         raise NotImplementedError

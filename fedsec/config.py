@@ -103,6 +103,22 @@ def presets(group: str, folders: list[Path]) -> dict[str, Any]:
     return found
 
 
+def difference(one: str, other: str) -> str:
+    """The first key in which two configurations, as YAML, differ; `out` aside. Else nothing."""
+
+    def flat(node: object, key: str) -> dict[str, object]:
+        if not isinstance(node, dict) or not node:
+            return {key: node}
+        inner = (flat(v, f"{key}.{k}".removeprefix(".")) for k, v in node.items())
+        return {k: v for part in inner for k, v in part.items()}
+
+    if one == other:
+        return ""
+    a, b = (flat(OmegaConf.to_container(OmegaConf.create(text)), "") for text in (one, other))
+    differing = (k for k in [*b, *a] if k != "out" and repr(a.get(k, ...)) != repr(b.get(k, ...)))
+    return next(differing, "")
+
+
 def _part(node: object, group: str):
     """The object that a group's node describes; several defenses side by side are composed."""
     if isinstance(node, DictConfig) and "_target_" in node:

@@ -3,15 +3,18 @@
 Lanes = victims x restarts are the leading axis of one tensor and are all stepped together. An
 attack contributes its distance, priors, step rule and schedule; the engine owns the loop: it keeps
 each lane's best iterate by the attack's own objective, retires lanes that are done, stuck or
-non-finite, and talks to the device only to report progress. A step's gradient comes from the sweeps
-(sweeps.py) where they know the model, the distance and the update, else from autograd.
+non-finite, and talks to the device only to report progress, and to keep how far a long search is. A
+step's gradient comes from the sweeps (sweeps.py) where they know the model, the distance and the
+update; several local steps or clients are unrolled (unroll.py); else it comes from autograd.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from types import FunctionType
 
 import torch
 from jaxtyping import Float
@@ -20,15 +23,16 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 
 from fedsec import sweeps
-from fedsec.attack import Progress
+from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops
 from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.unroll import Distance, Unrolled
 
-Distance = Callable[[Tensors, Tensors], Tensor]  # guessed update, observed update -> scalar
 Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar
 Schedule = Callable[[int], float]  # step -> factor on the step length
 EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
+FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 
 
 # ---- the update that a batch would cause --------------------------------------------------------
@@ -110,9 +114,9 @@ class StepRule(ABC):
 
     @abstractmethod
     def step(
-        self, x: Tensor, gradient: Tensor, state: State, step: int, scale: float
+        self, gradient: Float[Tensor, "l d"], state: State, step: int, scale: float
     ) -> tuple[Tensor, State, Tensor]:
-        """Next point, next state, and which lanes [l] can go no further."""
+        """How far to move, the next state, and which lanes [l] can go no further."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +131,15 @@ class Adam(StepRule):
     def start(self, x: Tensor) -> State:
         return {"mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
 
-    def step(self, x, gradient, state, step, scale):
+    def step(self, gradient, state, step, scale):
         gradient = gradient.sign() if self.signed else gradient
         first, second = self.betas
         mean = state["mean"].lerp(gradient, 1 - first)
         square = state["square"].lerp(gradient.square(), 1 - second)
         length = self.lr * scale / (1 - first ** (step + 1))
         root = (square / (1 - second ** (step + 1))).sqrt() + self.eps
-        stuck = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return x - length * mean / root, {"mean": mean, "square": square}, stuck
+        stuck = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
+        return -length * mean / root, {"mean": mean, "square": square}, stuck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +162,7 @@ class LBFGS(StepRule):
             "move": torch.zeros_like(x),
         }
 
-    def step(self, x, gradient, state, step, scale):
+    def step(self, gradient, state, step, scale):
         state = dict(state)
         if step > 0:
             self._remember(state, gradient)
@@ -170,7 +174,7 @@ class LBFGS(StepRule):
         stuck = (gradient.abs().amax(1) <= self.flat) | (slope > -self.downhill)
         move = size[:, None] * direction
         state |= {"gradient": gradient, "move": move}
-        return x + move, state, stuck
+        return move, state, stuck
 
     def _remember(self, state: State, gradient: Tensor) -> None:
         turn, move = gradient - state["gradient"], state["move"]
@@ -214,6 +218,44 @@ def decay(steps: int) -> Schedule:
     return lambda step: 0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7))
 
 
+def anneal(steps: int) -> Schedule:
+    """Half a cosine, from the whole step length to none (Loshchilov and Hutter 2017)."""
+    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+
+
+class Spectrum:
+    """Coordinates in which images like photographs are evenly long in every direction.
+
+    Pixels = cosine transform of coefficients times sqrt(h w) (1 + f)^-power, with f in half cycles
+    per image: the spectrum of photographs falls so. A step rule that scales each coordinate by
+    itself, as Adam does, then settles what is coarse first and what is fine last. After Olah et al.
+    2017, "Feature visualization", who decorrelate pixels so. A change of all the image's brightness
+    is as long as in pixels.
+    """
+
+    def __init__(self, image: tuple[int, ...], power: float, like: Tensor):
+        self.down, self.across = (_cosines(n).to(like) for n in image[-2:])
+        f = [torch.arange(n, dtype=torch.float64) for n in image[-2:]]
+        far = torch.hypot(f[0][:, None], f[1][None])
+        scale = (image[-2] * image[-1]) ** 0.5
+        self.weights = (scale * (1 + far) ** -power).to(like)
+
+    def inward(self, gradient: Float[Tensor, "... h w"]) -> Tensor:
+        """The derivative with respect to pixels -> with respect to coefficients."""
+        return self.weights * (self.down @ gradient @ self.across.T)
+
+    def outward(self, move: Float[Tensor, "... h w"]) -> Tensor:
+        """Coefficients -> pixels."""
+        return self.down.T @ (self.weights * move) @ self.across
+
+
+def _cosines(n: int) -> Float[Tensor, "n n"]:
+    """The orthonormal cosine transform (DCT-II) as a matrix; a frequency a row."""
+    at = (torch.arange(n, dtype=torch.float64) + 0.5) * (math.pi / n)
+    rows = torch.cos(torch.arange(n, dtype=torch.float64)[:, None] * at)
+    return rows / rows.norm(dim=1, keepdim=True)
+
+
 # ---- the loop -----------------------------------------------------------------------------------
 
 
@@ -227,8 +269,14 @@ class Search:
     schedule: Schedule = constant
     priors: tuple[tuple[float, Prior], ...] = ()
     restarts: int = 1
+    spread: float = 1.0  # standard deviation of the pixels of a start
+    spectrum: float | None = (
+        None  # steps in coordinates of a `Spectrum` of this power; None: pixels
+    )
     boxed: bool = False  # keep pixels in the data range after every step
     enough: float = 0.0  # an objective at or below this ends the lane
+    patience: int = 0  # steps without a fall of the objective that end the lane; 0: none do
+    halving: bool = False  # after 1/8, 1/4 and 1/2 of the steps only a victim's better lanes go on
     direction: bool = False  # only the update's direction counts: its length is made one first
 
 
@@ -237,7 +285,7 @@ def match(
     targets: Float[Tensor, "v b k"] | None,
     search: Search,
     rngs: Sequence[torch.Generator],
-    progress: Progress,
+    progress: Progress | Told,
     spent: float = 0.0,
 ) -> Reconstruction:
     """Images whose simulated update matches the observed one, for every victim of the stack.
@@ -246,7 +294,8 @@ def match(
     in the model's normalised coordinates, where the papers state their step lengths and
     smoothness weights. Each victim's start is drawn from its own stream, so that the result does
     not depend on who else is in the stack. `spent` is GFLOP for each victim that the attack used
-    before, on its labels.
+    before, on its labels. A search of which `progress` holds a state goes on from there, on a CPU
+    to the very same result.
     """
     lanes = _Lanes(seen, targets, search)
     x = lanes.begin(rngs)
@@ -257,8 +306,21 @@ def match(
     moves, looks = torch.zeros(len(x), dtype=torch.long), torch.zeros(len(x), dtype=torch.long)
     done = torch.zeros(len(x), dtype=torch.bool, device=x.device)  # of the active lanes
     lost = torch.zeros(len(best), dtype=torch.bool, device=x.device)  # of all lanes
+    mark = torch.full_like(best, torch.finfo(best.dtype).max)  # objective at its last real fall,
+    fallen = torch.zeros(len(best), dtype=torch.long, device=x.device)  # and the step
+    place, first = _place(lanes, progress, x), 0
+    if place.saved is not None:
+        kept = {k: t.to(x.device) for k, t in place.saved.items()}
+        x, active, best, best_x, done, lost, mark, fallen = (kept[k] for k in _KEPT)
+        moves, looks, first = kept["moves"].cpu(), kept["looks"].cpu(), int(kept["step"])
+        state = {k.removeprefix(_RULE): t for k, t in kept.items() if k.startswith(_RULE)}
 
-    for step in range(search.steps + 1):  # the last look evaluates, and does not move
+    def keep_at(step: int, over: bool = False) -> None:
+        values = (x, active, best, best_x, done, lost, mark, fallen)
+        kept = dict(zip(_KEPT, values, strict=True)) | {_RULE + k: t for k, t in state.items()}
+        place.save(kept | {"moves": moves, "looks": looks, "step": torch.tensor(step)}, over)
+
+    for step in range(first, search.steps + 1):  # the last look evaluates, and does not move
         loss, gradient = lanes.objective(x, active)
         better = loss < best[active]  # false for NaN
         best[active] = torch.where(better, loss, best[active])
@@ -266,14 +328,22 @@ def match(
         broken = ~(loss.isfinite() & gradient.isfinite().all(1))
         lost[active] |= broken
         done = done | broken | (loss <= search.enough)
+        if search.patience:
+            fell = loss < mark[active] - FALL * mark[active].abs()
+            mark[active] = torch.where(fell, loss, mark[active])
+            fallen[active] = torch.where(fell, step, fallen[active])
+            done = done | (step - fallen[active] >= search.patience)
         if step == search.steps:
             moves[active.cpu()], looks[active.cpu()] = step, step + 1
             break
-        moved, state, stuck = search.rule.step(x, gradient, state, step, search.schedule(step))
+        slope, scale = lanes.inward(gradient), search.schedule(step)
+        move, state, stuck = search.rule.step(slope, state, step, scale)
         done = done | stuck
-        x = torch.where(done[:, None], x, lanes.boxed(moved))
+        x = torch.where(done[:, None], x, lanes.boxed(x + lanes.outward(move)))
         if (step + 1) % EVERY == 0:
             progress(step + 1, search.steps, float(best[best.isfinite()].mean()))
+            if search.halving:
+                done = done | _worse(best, search, step + 1)[active]
             if bool(done.any()):
                 moves[active[done].cpu()] = looks[active[done].cpu()] = step + 1
                 keep = ~done
@@ -281,9 +351,47 @@ def match(
                 state = {k: s[keep] for k, s in state.items()}
                 if len(x) == 0:
                     break
+            keep_at(step + 1)
+    state = {}
+    keep_at(search.steps + 1, over=True)
     progress(search.steps, search.steps, float(best[best.isfinite()].mean()))
     found = lanes.reconstruction(best, best_x, moves, looks, lost)
     return replace(found, gflop=found.gflop + spent)
+
+
+# of the loop, with moves, looks and step
+_KEPT = ("x", "active", "best", "best_x", "done", "lost", "mark", "fallen")
+_RULE = "rule."  # before the names of what the step rule remembers
+
+
+def _worse(best: Tensor, search: Search, step: int) -> Tensor:
+    """Lanes that successive halving ends after `step` steps: of each victim's the worse ones."""
+    halvings = sum(step * part >= search.steps for part in (8, 4, 2))
+    left = max(1, -(-search.restarts // 2**halvings))
+    rank = best.reshape(-1, search.restarts).argsort(dim=1, stable=True).argsort(dim=1)
+    return rank.flatten() >= left
+
+
+def _place(lanes: _Lanes, progress: Progress | Told, starts: Tensor) -> Place:
+    """Where this search keeps how far it is, under all that decides its course."""
+    if not isinstance(progress, Progress):
+        return Place()
+    search, model, targets = lanes.search, lanes.model, lanes.targets
+    about = {f.name: _described(getattr(search, f.name)) for f in fields(search)}
+    about |= {"local": repr(lanes.local), "images": repr(lanes.image)}
+    about |= {"training": repr(model.training), "dtype": repr(lanes.dtype)}
+    inputs = [starts, *lanes.observed.values(), *model.state_dict().values()]
+    return progress.place(repr(about), inputs if targets is None else [*inputs, targets])
+
+
+def _described(part: object) -> str:
+    """The same text in every process: a function by where it stands and what it closes over."""
+    if isinstance(part, tuple):
+        return f"({', '.join(map(_described, part))})"
+    if not isinstance(part, FunctionType):
+        return repr(part)
+    held = [repr(cell.cell_contents) for cell in part.__closure__ or ()]
+    return f"{part.__module__}:{part.__code__.co_firstlineno} {part.__qualname__} {held}"
 
 
 class _Lanes:
@@ -302,6 +410,7 @@ class _Lanes:
             }
         self.search, self.model, self.targets = search, seen.model, targets
         self.local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        self.one_gradient = self.local.kind == "gradient" and not self.local.parts
         self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -316,10 +425,14 @@ class _Lanes:
         if search.boxed and "data_range" in seen.grants:
             low, high = seen.data_range
             self.box = ((low - self.mean) / self.std, (high - self.mean) / self.std)
+        self.spectrum = None
+        if search.spectrum is not None:
+            self.spectrum = Spectrum(self.image, search.spectrum, self.mean)
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
         self.swept = self._sweeps()
+        self.unrolled = Unrolled(self.model, self.observed, search.distance, self.local)
         self.said: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
@@ -331,12 +444,26 @@ class _Lanes:
             torch.randn(width, generator=rng) for rng in rngs for _ in range(self.search.restarts)
         ]
         x = torch.stack(rows).to(self.device, self.dtype)
+        x[:, : self.pixels] *= self.search.spread
         self.gflop_step = flops(lambda: self._plain_step(x[:1]))
         return self.boxed(x)
 
     def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
         """Rows -> images in [0, 1] units."""
         return self._normalised(x) * self.std + self.mean
+
+    def inward(self, gradient: Tensor) -> Tensor:
+        """Rows of derivatives -> in the coordinates that the step rule works in."""
+        return self._along(gradient, self.spectrum and self.spectrum.inward)
+
+    def outward(self, move: Tensor) -> Tensor:
+        """Moves of the step rule -> of the rows."""
+        return self._along(move, self.spectrum and self.spectrum.outward)
+
+    def _along(self, x: Tensor, change: Callable[[Tensor], Tensor] | None) -> Tensor:
+        if change is None:
+            return x
+        return torch.cat([change(self._normalised(x)).flatten(1), x[:, self.pixels :]], 1)
 
     def boxed(self, x: Tensor) -> Tensor:
         if self.box is None:
@@ -345,8 +472,9 @@ class _Lanes:
         return torch.cat([pixels, x[:, self.pixels :]], 1)
 
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Each lane's objective [l] and its gradient [l d]: by sweeps, else by autograd."""
-        if self.swept is None:
+        """Each lane's objective [l] and its gradient [l d]: by sweeps, or unrolled, or autograd."""
+        by_hand = self.swept if self.one_gradient else self.unrolled
+        if by_hand is None:
             return self.by_autograd(x, active)
         if self.said[0] is not active:  # a list costs a synchronisation: one each time lanes retire
             self.said = (active, (active // self.search.restarts).tolist())
@@ -356,7 +484,7 @@ class _Lanes:
         else:
             targets = self.targets[active // self.search.restarts]
         images = pixels * self.std + self.mean
-        loss, of_images, of_targets = self.swept(images, targets, self.said[1])
+        loss, of_images, of_targets = by_hand(images, targets, self.said[1])
         gradient = of_images * self.std
         if self.search.priors:
             of_prior, prior = vmap(grad_and_value(self._prior))(pixels)
@@ -367,7 +495,7 @@ class _Lanes:
         return loss, torch.cat([gradient.flatten(1), (targets * centred).flatten(1)], 1)
 
     def by_autograd(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for any model, update and distance: a gradient of a gradient."""
+        """The same for any model, update and distance, in one graph: a gradient of a gradient."""
         # the outer gradient is taken inside vmap: autograd's, of what vmap returns, is wrong for
         # BatchNorm in train mode (PyTorch 2.15), which a test compares with plain autograd
         lane = vmap(grad_and_value(self._one), randomness="error")
@@ -406,9 +534,8 @@ class _Lanes:
 
     def _sweeps(self) -> sweeps.LaneStep | None:
         """None where this search needs autograd."""
-        one_gradient = self.local.kind == "gradient" and not self.local.parts
         inner = INNER.get(self.search.distance)
-        if not one_gradient or inner is None:
+        if not self.one_gradient or inner is None:
             return None
         try:
             return sweeps.LaneStep(self.model, self.observed, inner)
@@ -432,7 +559,11 @@ class _Lanes:
         """The first lane's step as a plain double backward, so that its arithmetic can be counted.
 
         Records state this count, whatever computes the step and however many lanes share it; the
-        sweeps do the same with less.
+        sweeps do the same with less, and unrolling with more.
         """
-        targets, observed = self._facts(torch.zeros(1, dtype=torch.long))
-        grad(self._one)(x[0], targets[0], {k: t[0] for k, t in observed.items()})
+        pixels = self._normalised(x)[0]
+        targets = self._logits(x).softmax(-1) if self.targets is None else self.targets
+        self.unrolled.plain_step(pixels * self.std + self.mean, targets[0])
+        self.outward(self.inward(x))
+        if self.search.priors:
+            grad(self._prior)(pixels)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
+import shlex
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,18 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsec import cost, match, metrics, process, records, report
-from fedsec.attack import Attack
+from fedsec import cost, match, metrics, process, records, report, resume
+from fedsec.attack import Attack, Told
 from fedsec.checks import Refused, require
 from fedsec.client import schedule
-from fedsec.config import Settings
+from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense, Privacy
 from fedsec.federation import Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel, admit
-from fedsec.types import Exchange, Reconstruction
+from fedsec.types import Exchange, Reconstruction, Tensors
 
 CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
@@ -47,6 +49,7 @@ class Plan:
     defenses: tuple[tuple[str, Defense], ...]  # the control first
     estimate: float  # seconds, roughly
     flaws: dict[str, str]  # metrics that cannot be measured here, and why
+    resumes: bool  # `folder` holds this run, which was not done
 
 
 def plan(
@@ -57,7 +60,7 @@ def plan(
     attack: Attack = settings.attack
     admit(names["attack"], attack.needs, settings.threat, presets)
     device = _device(values.device)
-    records.check_folder(folder)
+    resumes = _resumes(folder, config)
     torch.set_num_threads(values.threads)
     dataset: Dataset = settings.data.load()
     defenses = _defenses(settings)
@@ -75,18 +78,25 @@ def plan(
     asked = values.lpips != "alex"  # what does not come with fedsec is fetched for who asks for it
     flaws = metrics.unmeasurable(dataset.shape, values.lpips, download=asked)
     return Plan(
-        settings, dataset, device, folder, config, command, probes, defenses, estimate, flaws
-    )
+        settings, dataset, device, folder, config, command, probes, defenses, estimate, flaws,
+        resumes,
+    )  # fmt: skip
 
 
 def perform(plan: Plan, console: Console) -> int:
     """Run the plan and write its folder; the exit status: 0 done, 2 failed, 130 interrupted."""
-    writer = records.open_folder(plan.folder, plan.config)
-    run = _Run(plan, console, writer)
+    folder = plan.folder
+    writer = records.reopen(folder) if plan.resumes else records.open_folder(folder, plan.config)
+    state = resume.State(folder / records.STATE)
+    run = _Run(plan, console, writer, state)
     status, code, why, full = "done", 0, "", False
     with ExitStack() as closing:
+        closing.callback(writer.close)
         try:
             try:
+                state.open(_made(plan.settings.attack, plan.device, plan.settings.names))
+                if plan.resumes:
+                    console.line("resumes", state.said())
                 for name, defense in plan.defenses:
                     run.one(name, defense)
             finally:  # a second Ctrl-C does not cost run.json
@@ -108,8 +118,40 @@ def perform(plan: Plan, console: Console) -> int:
             writer.finish(run.summary(status, why))
         except records.NotSaved as error:
             code, why, full = 2, why if full else _failed(error, plan, console), True
-        console.result(written, "" if full else why)
+        if code == 0:
+            state.remove()
+        console.result(written, "" if full else why, "" if code == 0 else _again(plan))
     return code
+
+
+def _made(attack: Attack, device: str, names: dict[str, str]) -> dict[str, Any]:
+    """What has to be the same for a run to go on with what an earlier process kept."""
+    source = inspect.getsourcefile(type(attack))
+    return {
+        **records.versions(),
+        "commit": records.commit(),
+        "code": resume.code(*([source] if source else [])),
+        "device": _device_name(device, torch.get_num_threads()),
+        **names,
+    }
+
+
+def _again(plan: Plan) -> str:
+    """The command that goes on with the run."""
+    words = [w for w in shlex.split(plan.command) if not w.lstrip("+").startswith("out=")]
+    return shlex.join([*words, f"out={plan.folder}"]) if words else ""
+
+
+def _resumes(folder: Path, config: str) -> bool:
+    """Whether the folder holds this very run, not done. Refuses one that holds anything else."""
+    if not records.unfinished(folder):
+        records.check_folder(folder)
+        return False
+    there = (folder / records.CONFIG).read_text(encoding="utf-8", errors="surrogateescape")
+    other = difference(there, config)
+    rule = f"holds an unfinished run with another {other}; repeat its command, or name a new folder"
+    require(not other, "out", rule, folder)
+    return True
 
 
 def _failed(error: Exception, plan: Plan, console: Console) -> str:
@@ -119,7 +161,7 @@ def _failed(error: Exception, plan: Plan, console: Console) -> str:
         return f"failed: {error}"
     trace = traceback.format_exc()
     console.trouble(trace)
-    with suppress(records.NotSaved), records.saving(plan.folder / "error.txt") as half:
+    with suppress(records.NotSaved), records.saving(plan.folder / records.TRACE) as half:
         half.write_text(trace, encoding="utf-8", errors="replace")
     first = next(iter(str(error).splitlines()), "")
     return f"failed: {type(error).__name__}: {first}"
@@ -128,8 +170,8 @@ def _failed(error: Exception, plan: Plan, console: Console) -> str:
 class _Run:
     """What accumulates over the defenses of one run."""
 
-    def __init__(self, plan: Plan, console: Console, writer: records.Records):
-        self.plan, self.console, self.writer = plan, console, writer
+    def __init__(self, plan: Plan, console: Console, writer: records.Records, state: resume.State):
+        self.plan, self.console, self.writer, self.state = plan, console, writer, state
         self.settings, self.values = plan.settings, plan.settings.values
         self.accuracy: dict[str, float] = {}
         self.privacy: dict[str, Privacy] = {}
@@ -167,12 +209,16 @@ class _Run:
         self.attack_seconds[name] = 0.0
         victim = 0
         with self.console.stage("attack", name, total, "images") as stage:
-            for stack in stacks:
+            for number, stack in enumerate(stacks):
                 images = sum(len(e.batch) for e in stack)
-                attack = self._attack(name, stack, victim, stage.within(victim, images))
-                self.attack_seconds[name] += attack.clock.seconds
+                attack = self._attack(name, number, stack, victim, stage.within(victim, images))
+                self.unread &= attack.unread
+                self.attack_seconds[name] += attack.seconds
                 self._record(name, attack, victim)
                 victim += images
+                stage.skip(victim)
+            if self.state.trouble and self.state.trouble not in self.flags:
+                self.flags.append(self.state.trouble)
             seconds = self.attack_seconds[name] / max(1, total)
             psnr = [r.psnr for r in self.rows if r.defense == name and r.psnr is not None]
             mean = sum(psnr) / len(psnr) if psnr else math.nan
@@ -215,17 +261,29 @@ class _Run:
         return exchange
 
     def _attack(
-        self, name: str, stack: list[Exchange], first: int, progress: Callable[..., None]
+        self, name: str, number: int, stack: list[Exchange], first: int, told: Told
     ) -> _Attacked:
+        """What the attack makes of a stack: now, or as an earlier process kept it."""
         seed, round = self.values.seed, stack[0].round
+        inputs = [t for e in stack for t in (e.batch.images, *e.update.tensors.values())]
+        text = f"round {round}, images {[e.batch.index for e in stack]}, from {first} on"
+        names = [defense for defense, _ in self.plan.defenses]
+        place = self.state.stack(names.index(name), number, text, inputs)
+        kept = place.finished()
+        if kept:
+            return _Attacked.kept(stack, *kept)
         # by number: an attacker could tell the images from a stream that was named after them
         starts = itertools.accumulate((len(e.batch) for e in stack[:-1]), initial=first)
         rngs = [stream(seed, "attack", round, victim) for victim in starts]
+        progress = place.progress(told)
         with cost.Clock(self.plan.device) as clock:
             observation = self.settings.threat.observe(stack)
             found = self.settings.attack(observation, rngs, progress)
-        self.unread &= set(observation.unread)
-        return _Attacked(stack, found, clock)
+        seconds = progress.earlier + clock.seconds
+        unread = frozenset(observation.unread)
+        attacked = _Attacked(stack, found, seconds, clock.peak_mb, clock.reasons, unread)
+        place.finish(*attacked.to_keep())
+        return attacked
 
     def _record(self, name: str, attack: _Attacked, first: int) -> None:
         """Match, measure and write the rows of one stack."""
@@ -236,7 +294,7 @@ class _Run:
         some = torch.randperm(len(plan.dataset.train), generator=rng)[:STRANGERS]
         strangers = plan.dataset.train.batch(some, plan.dataset.classes).images
         unit = cost.backprop_gflop(attack.stack[0].model, attack.stack[0].trained)
-        seconds = attack.clock.seconds / sum(len(e.batch) for e in attack.stack)
+        seconds = attack.seconds / sum(len(e.batch) for e in attack.stack)
         for v, exchange in enumerate(attack.stack):
             truth = exchange.batch.images.cpu()
             guess = attack.found.images[v].detach().cpu().float()
@@ -248,7 +306,7 @@ class _Run:
             null, null_psnr = match.best_null(nulls)
             truths = exchange.batch.labels.tolist()
             said = match_labels(attack.found.labels[v].tolist(), truths)
-            flags = [f"{k}: {why}" for k, why in (flaws | attack.clock.reasons).items()
+            flags = [f"{k}: {why}" for k, why in (flaws | attack.reasons).items()
                      if k != "joules"]  # fmt: skip
             flags += list(attack.found.flags[v]) if attack.found.flags else []
             if None in said:
@@ -285,7 +343,7 @@ class _Run:
                         seconds=seconds,
                         gflop=gflop / len(exchange.batch),
                         backprops=gflop / unit,
-                        peak_mb=attack.clock.peak_mb,
+                        peak_mb=attack.peak_mb,
                         flags=tuple(flags),
                     )
                 )
@@ -377,7 +435,25 @@ class _Run:
 class _Attacked:
     stack: list[Exchange]
     found: Reconstruction
-    clock: cost.Clock
+    seconds: float  # killed processes' included, as far as they kept what they did
+    peak_mb: float | None
+    reasons: dict[str, str]  # of what could not be measured
+    unread: frozenset[str]  # granted facts that the attack made no use of
+
+    def to_keep(self) -> tuple[Tensors, dict[str, Any]]:
+        """Tensors, and what JSON can hold."""
+        tensors = {k: v for k, v in vars(self.found).items() if k != "flags"}
+        about = {k: v for k, v in vars(self).items() if k not in ("stack", "found")}
+        images = sum(len(e.batch) for e in self.stack)
+        more = {"unread": sorted(self.unread), "flags": self.found.flags, "images": images}
+        return tensors, about | more
+
+    @staticmethod
+    def kept(stack: list[Exchange], tensors: Tensors, about: dict[str, Any]) -> _Attacked:
+        """The same from what `to_keep` gave."""
+        found = Reconstruction(**tensors, flags=tuple(map(tuple, about["flags"])))
+        own = {k: about[k] for k in ("seconds", "peak_mb", "reasons")}
+        return _Attacked(stack, found, **own, unread=frozenset(about["unread"]))
 
 
 def match_labels(said: list[int], true: list[int]) -> list[int | None]:

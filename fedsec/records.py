@@ -1,12 +1,14 @@
 """What a run leaves behind: one row for each attacked image, and one object for the whole run.
 
 OUT/records.jsonl grows while the run goes on. OUT/run.json is written last and atomically: where
-it is present, nothing more will come. A missing value is null and its reason is a flag that starts
+it is present, nothing more will come, unless the same command goes on with a run that was not done:
+OUT/state holds what it needs for that. A missing value is null and its reason is a flag that starts
 with the field's name (`"lpips: VGG's features are not on this machine"`), never 0 and never NaN.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedsec.checks import Refused, require
 
@@ -27,6 +29,7 @@ ROWS, RUN, CONFIG, GRID, REPORT = (
     "grid.png",
     "report.html",
 )
+TRACE, STATE = "error.txt", "state"  # of a run that failed, and of one that is not done
 STATUS = ("done", "failed", "interrupted")
 
 # What run.json always holds, and the fields of its groups. More may be added.
@@ -113,33 +116,45 @@ class Run:
         return self.status == "done"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Records:
-    """The folder that a run writes to."""
+    """The folder that a run writes to, locked against other runs until it is closed or killed."""
 
     folder: Path
+    lock: IO[bytes]
+    at: int = 0  # bytes of records.jsonl that this process has written, or would have
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Add rows to records.jsonl, all or none of them. Raises NotSaved."""
-        text = "".join(json.dumps(_row(r), allow_nan=False) + "\n" for r in rows)
+        """Add rows to records.jsonl, all or none of them. Raises NotSaved.
+
+        Rows that a killed process wrote alike are left; what else it wrote from there on goes.
+        """
+        text = "".join(json.dumps(_row(r), allow_nan=False) + "\n" for r in rows).encode()
         path = self.folder / ROWS
         try:
-            with open(path, "ab", buffering=0) as file:
-                before = file.tell()
-                try:
-                    _write(file, text.encode())
-                except OSError:
-                    os.truncate(path, before)
-                    raise
+            path.touch()
+            with open(path, "r+b", buffering=0) as file:
+                file.seek(self.at)
+                if file.read(len(text)) != text:
+                    file.seek(self.at)
+                    file.truncate()
+                    try:
+                        _write(file, text)
+                    except OSError:
+                        file.truncate(self.at)
+                        raise
         except OSError as error:
             raise _not_saved(path, error) from error
+        self.at += len(text)
 
     def finish(self, run: Mapping[str, object]) -> None:
         """Write run.json, whole or not at all. Raises NotSaved."""
         assert run.get("status") in STATUS, run.get("status")
         text = json.dumps(filled(run), indent=2, allow_nan=False) + "\n"
-        with saving(self.folder / RUN) as half, open(half, "wb", buffering=0) as file:
-            _write(file, text.encode())
+        write_whole(self.folder / RUN, text.encode())
+
+    def close(self) -> None:
+        self.lock.close()
 
 
 @contextmanager
@@ -160,6 +175,12 @@ def saving(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise _not_saved(path, error) from error
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """`path` with this content, or as it was. Raises NotSaved."""
+    with saving(path) as half, open(half, "wb", buffering=0) as file:
+        _write(file, content)
 
 
 def check_folder(path: Path) -> None:
@@ -201,7 +222,55 @@ def open_folder(path: str | Path, config: str = "") -> Records:
         if isinstance(error, NotSaved):
             raise
         raise Refused("out", "must be writable", path) from None
-    return Records(path)
+    return Records(path, _locked(path))
+
+
+def unfinished(path: Path) -> bool:
+    """Whether `path` holds a run, and nothing else, that ended before it was done."""
+    own = {ROWS, RUN, CONFIG, GRID, REPORT, TRACE, STATE}
+    try:
+        inside = {p.name for p in path.iterdir()}
+        files = {name.removeprefix(".") for name in inside}  # a dot: half of one, see `saving`
+        return CONFIG in inside and files <= own and not read(path).whole
+    except (OSError, Refused):  # not even a folder; or not a run that can be read
+        return False
+
+
+def reopen(path: str | Path) -> Records:
+    """The folder of an unfinished run, to go on with it: what said how it ended is removed.
+
+    Refuses the folder of a run that still goes on, or is done meanwhile.
+    """
+    path = Path(path)
+    writer = Records(path, _locked(path))
+    try:
+        if not unfinished(path):
+            raise Taken("out", "must be empty or new", path)
+        for name in (RUN, TRACE):
+            (path / name).unlink(missing_ok=True)
+    except BaseException as error:
+        writer.close()
+        if isinstance(error, OSError):
+            raise Refused("out", "must be writable", path) from None
+        raise
+    return writer
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A lock on the run in `path`, which dies with this process."""
+    try:
+        file = open(path / CONFIG, "rb")  # noqa: SIM115
+    except OSError:
+        raise Refused("out", "must be readable", path) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        rule = "must be empty or new, or left by a run that has ended; one is writing to it"
+        raise Taken("out", rule, path) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def default_folder(base: str | Path, attack: str, defense: str, seed: int, date: str) -> Path:

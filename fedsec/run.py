@@ -47,6 +47,7 @@ FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--res
 SHOWN = ("job", "hydra", "all")
 VALUED = {"--cfg": SHOWN, "-c": SHOWN, "--config-dir": None, "-cd": None}  # None: a folder
 PATHS = re.compile(r"^(\+{0,2}(?:out|data\.path|data\.root|model\.weights))=(.*)$", re.DOTALL)
+OWN = "command-line"  # how Hydra calls the source of the options in --config-dir
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
@@ -128,7 +129,8 @@ def _run(cfg: DictConfig) -> int:
     folder = free() if cfg.out is None else Path(str(cfg.out)).expanduser()
     if several:
         folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
-    command = shlex.join(["python", "-m", "fedsec.run", *chosen.overrides.task])
+    own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
+    command = shlex.join(["python", "-m", "fedsec.run", *chosen.overrides.task, *own])
     plan = None
     while True:
         try:

@@ -194,6 +194,9 @@ def test_a_third_party_brings_its_own_folder(go, tmp_path):
     (tmp_path / "mine/attack/theirs.yaml").write_text(text)
     assert go("--config-dir", "mine", "attack=theirs")[0] == 0
     assert {row["attack"] for row in tiny.rows(tmp_path / "out")} == {"theirs"}
+    words = shlex.split(tiny.whole(tmp_path / "out")["command"])[3:]
+    assert go(*(word for word in words if not word.startswith("out=")), out="again")[0] == 0
+    assert tiny.numbers(tmp_path / "again") == tiny.numbers(tmp_path / "out")
 
 
 def test_without_out_each_run_gets_a_folder_of_its_own(go, tmp_path):
@@ -639,7 +642,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(go, tmp_path, monkeypa
     left, sync = [room], os.fsync
 
     def full(handle):
-        left[0] -= 1
+        left[0] -= "/state" not in os.readlink(f"/proc/self/fd/{handle}")
         if left[0] < 0:
             raise OSError(28, "No space left on device")
         sync(handle)
@@ -648,7 +651,8 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_saved(go, tmp_path, monkeypa
     status, _, err = go("defense=noise")
     assert status == 2
     assert re.fullmatch(r"error: .*: No space left on device; what was saved .* kept\n", err), err
-    kept = {p.name for p in tmp_path.rglob("*") if p.is_file()} - {"tiny.npz"}
+    kept = {p.name for p in tmp_path.rglob("*") if p.is_file() and p.parent.name != "state"}
+    kept -= {"tiny.npz"}
     assert kept == {"config.yaml", "records.jsonl"} if room else kept == set()
     if room:
         assert [r["defense"] for r in tiny.rows(tmp_path / "out")] == ["none"] * 4 * (room - 1)
@@ -728,7 +732,7 @@ def test_signals_end_a_run_and_keep_what_is_done(tmp_path, name):
     run = records.read(tmp_path / "out")
     assert run.status == "interrupted"
     assert [row.defense for row in run.rows] == ["none"] * 2
-    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES
+    assert {p.name for p in (tmp_path / "out").iterdir()} == FILES | {"state"}
 
 
 def test_a_killed_run_leaves_rows_that_can_be_read(tmp_path, capsys):

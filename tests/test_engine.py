@@ -161,7 +161,8 @@ def trajectory(rule, start, steps):
     for step in range(steps):
         z = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(rosenbrock(z).sum(), z)
-        x, state, _ = rule.step(x, gradient, state, step, 1.0)
+        move, state, _ = rule.step(gradient, state, step, 1.0)
+        x = x + move
         path.append(x.clone())
     return torch.stack(path, 1)
 
@@ -210,10 +211,10 @@ def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
     rule = engine.LBFGS()
     start = torch.zeros(2, 2, dtype=torch.float64)
     first = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
-    _, state, _ = rule.step(start, first, rule.start(start), 0, 1.0)
+    _, state, _ = rule.step(first, rule.start(start), 0, 1.0)
     # lane 0 sees the same gradient again, y = 0: no pair; lane 1 sees less of it
     second = torch.stack([first[0], 0.5 * first[1]])
-    _, state, _ = rule.step(start, second, state, 1, 1.0)
+    _, state, _ = rule.step(second, state, 1, 1.0)
     assert state["weights"][0].eq(0).all()
     assert state["weights"][1].gt(0).all()
 
@@ -221,7 +222,7 @@ def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
 def test_lbfgs_says_when_it_is_stuck():
     rule, x = engine.LBFGS(), torch.zeros(2, 3)
     gradient = torch.stack([torch.zeros(3), torch.ones(3)])
-    _, _, stuck = rule.step(x, gradient, rule.start(x), 0, 1.0)
+    _, _, stuck = rule.step(gradient, rule.start(x), 0, 1.0)
     assert stuck.tolist() == [True, False]
 
 
@@ -243,9 +244,9 @@ def test_a_stack_equals_its_victims_one_by_one():
 class Overshooting(engine.Adam):
     """Leaves the best point on purpose."""
 
-    def step(self, x, gradient, state, step, scale):
-        moved, state, stuck = super().step(x, gradient, state, step, scale)
-        return (moved if step < 5 else moved + 3.0), state, stuck
+    def step(self, gradient, state, step, scale):
+        move, state, stuck = super().step(gradient, state, step, scale)
+        return (move if step < 5 else move + 3.0), state, stuck
 
 
 def test_the_best_iterate_is_returned_not_the_last():
@@ -378,3 +379,123 @@ def test_a_scaled_down_update_still_points_somewhere():
 
 def test_smoothness_of_a_single_pixel_is_zero():
     assert engine.total_variation(torch.rand(2, 3, 1, 1)) == 0
+
+
+# ---- coordinates, and who goes on ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image", [(2, 3, 8, 8), (1, 1, 5, 7), (1, 2, 1, 1)])
+def test_a_spectrum_is_the_inverse_cosine_transform_of_weighted_coefficients(image):
+    from scipy.fft import idctn
+
+    basis = engine.Spectrum(image, 1.5, torch.zeros(1, dtype=torch.float64))
+    coefficients = torch.randn(3, *image, dtype=torch.float64)
+    rows, columns = image[-2:]
+    weights = torch.tensor(
+        [
+            [(rows * columns) ** 0.5 * (1 + (i * i + j * j) ** 0.5) ** -1.5 for j in range(columns)]
+            for i in range(rows)
+        ],
+        dtype=torch.float64,
+    )
+    twin = idctn((weights * coefficients).numpy(), axes=(-2, -1), norm="ortho")
+    pixels = basis.outward(coefficients)
+    torch.testing.assert_close(pixels, torch.from_numpy(twin))
+    slope = torch.randn_like(pixels)
+    there, back = (pixels * slope).sum(), (coefficients * basis.inward(slope)).sum()
+    torch.testing.assert_close(there, back)
+
+
+def test_a_step_of_the_brightness_is_as_long_as_in_pixels():
+    for size in (8, 32):
+        basis = engine.Spectrum((1, 1, size, size), 1.5, torch.zeros(1, dtype=torch.float64))
+        move = torch.zeros(1, 1, size, size, dtype=torch.float64)
+        move[..., 0, 0] = 0.25
+        torch.testing.assert_close(basis.outward(move), torch.full_like(move, 0.25))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_steps_in_a_spectrum_are_the_rules_on_its_coefficients(known):
+    """One step against autograd with respect to the coefficients; label logits stay as they are."""
+    model, batch = built("lenet"), private(2)
+    targets = batch.targets[None] if known else None
+    seen = observed(model, [batch])
+    search = signed(1, rule=engine.Adam(lr=0.1), boxed=False, spectrum=1.0, priors=())
+    lanes = engine._Lanes(seen, targets, search)
+    start = torch.randn(1, lanes.pixels + 2 * CLASSES * (not known), dtype=torch.float64)
+    basis = engine.Spectrum(lanes.image, 1.0, start)
+    z = torch.zeros(1, 2, *SHAPE, dtype=torch.float64, requires_grad=True)
+    own = torch.cat([basis.outward(z).flatten(1), torch.zeros_like(start[:, lanes.pixels :])], 1)
+    moved = start + own
+    images = moved[0, : lanes.pixels].reshape(2, *SHAPE) * 0.25 + 0.5
+    told = batch.targets
+    if not known:
+        told = moved[0, lanes.pixels :].reshape(2, CLASSES).softmax(-1)
+    goal = {k: t[0] for k, t in seen.update.tensors.items()}
+    loss = engine.cosine(engine.simulate(model, images, told, GRADIENT), goal)
+    (slope,) = torch.autograd.grad(loss, z)
+    _, gradient = lanes.objective(start, torch.zeros(1, dtype=torch.long))
+    inward = lanes.inward(gradient)
+    torch.testing.assert_close(inward[:, : lanes.pixels].reshape(slope.shape), slope)
+    torch.testing.assert_close(inward[:, lanes.pixels :], gradient[:, lanes.pixels :])
+
+
+def test_smooth_images_are_found_in_fewer_steps_in_a_spectrum():
+    model = built("lenet", seed=1)
+    across, down = torch.linspace(0.2, 0.8, 12), torch.linspace(0.7, 0.3, 12)
+    image = (across[None, :] * down[:, None]).expand(1, *SHAPE).double().contiguous()
+    batch = Batch(image, torch.eye(CLASSES, dtype=torch.float64)[:1])
+    seen = observed(model, [batch])
+    rule = engine.Adam(lr=0.1, betas=(0.9, 0.9))
+    errors = []
+    for spectrum in (None, 1.5):
+        search = signed(60, rule=rule, spectrum=spectrum, schedule=engine.anneal(60), spread=0.1)
+        found = engine.match(seen, batch.targets[None], search, rngs(1), nothing)
+        errors.append((found.images[0] - image).square().mean())
+    assert errors[1] < errors[0] / 2
+
+
+def test_annealing_ends_at_nothing():
+    schedule = engine.anneal(10)
+    assert [schedule(0), schedule(5), schedule(10)] == pytest.approx([1.0, 0.5, 0.0])
+
+
+def test_successive_halving_ends_the_worse_restarts_of_each_victim():
+    model, batches = built("lenet"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    seen = observed(model, batches)
+    every = engine.match(seen, targets, signed(200, restarts=4), rngs(2), nothing)
+    found = engine.match(seen, targets, signed(200, restarts=4, halving=True), rngs(2), nothing)
+    # of four, two end after 25 steps and one after 50
+    assert found.steps.tolist() == [25 + 25 + 50 + 200] * 2
+    assert every.steps.tolist() == [800] * 2
+    # who is left was the best after 50 steps, by the objective alone
+    after = signed(50, restarts=4, schedule=engine.constant)
+    assert found.loss.max() < engine.match(seen, targets, after, rngs(2), nothing).loss.min()
+
+
+def test_which_lanes_halving_ends_follows_their_best_objective():
+    best = torch.tensor([0.4, 0.1, torch.inf, 0.2, 3.0, 2.0, 1.0, 0.0])
+    search = signed(80, restarts=4, halving=True)
+
+    def left(step):
+        return [i for i, worse in enumerate(engine._worse(best, search, step)) if not worse]
+
+    assert left(9) == list(range(8))
+    assert left(10) == [1, 3, 6, 7]
+    assert left(20) == left(79) == [1, 7]
+
+
+@pytest.mark.parametrize(("patience", "steps"), [(0, 200), (30, 50), (60, 75)])
+def test_a_lane_that_stands_still_ends_after_its_patience(patience, steps):
+    model, batch = built("mlp"), private(1)
+    still = signed(200, rule=engine.Adam(lr=1e-9), patience=patience)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    assert engine.match(seen, targets, still, rngs(1), nothing).steps.tolist() == [steps]
+
+
+def test_a_lane_that_still_falls_goes_on():
+    model, batch = built("lenet"), private(1)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    falling = signed(100, patience=25, rule=engine.Adam(lr=0.05))
+    assert engine.match(seen, targets, falling, rngs(1), nothing).steps.tolist() == [100]
