@@ -6,9 +6,14 @@
 
 Both sides get the same victim: weights, eval mode, one image with its label, its gradient, start,
 and `Inverting Gradients` as the peer's own configuration has it (signed Adam, cosine, boxed, its
-smoothness term and schedule; only its weight and the number of steps are given). The peer is not
-changed: fedsec's engine is given the peer's smoothness term and schedule instead. Before a clock
-starts, the peer's loop has to find fedsec's objective at fedsec's images to 1e-5.
+smoothness term and schedule). The peer is not changed: where steps are timed, fedsec's engine is
+given the peer's smoothness term and schedule instead. Before a clock starts, the peer's loop has to
+find fedsec's objective at fedsec's images to 1e-5.
+
+The time to the peer's quality is that of fedsec's own `attack=inverting`. Both sides choose their
+smoothness weight, then their step length, among the same number of values, by the mean PSNR on
+images that the comparison does not use; the peer's choice is made on its restatement in fedsec's
+engine, which finds the same in less time.
 
 The peer lives in a virtual environment of its own that this script makes once. The environment
 borrows the packages of this one (torch, above all) through a .pth file and adds breaching and what
@@ -63,7 +68,9 @@ MODELS = {
 GRANTS = ("model", "update", "count", "shape", "mode", "data_range", "labels")
 CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}  # of the module time
 STEPS = 75  # of a step timing: 50 of fedsec's are between two marks, 74 of the peer's
-TUNING = 2  # images of the training split on which a weight is chosen
+TUNING = 4  # images of the training split on which weights and step lengths are chosen
+APART = 53  # between two of them: neighbours look alike
+LENGTHS = (0.5, 1.0, 2.0)  # multiples of the configured step length that are tried
 ROUNDING = 0.01  # dB by which a run may miss the quality that it is to reach
 ALIKE = 1e-5  # how close the two objectives have to be at the same image
 Marks = list[tuple[int, float]]  # (steps done, clock), as a loop reports them
@@ -105,9 +112,9 @@ def victim(model, gradients, label, shape, mean, std):
     shared = dict(gradients=[g.to(device) for g in gradients], buffers=None, metadata=user)
     given.update(model=model.to(device), server=server, shared=shared)
 
-def run(steps, tv, start):
+def run(steps, tv, lr, start):
     cfg = breaching.get_attack_config("invertinggradients", [f"optim.max_iterations={steps}",
-        "optim.callback=25", f"regularization.total_variation.scale={tv}"])
+        "optim.callback=25", f"optim.step_size={lr}", f"regularization.total_variation.scale={tv}"])
     loss = torch.nn.CrossEntropyLoss()
     attacker = breaching.attacks.prepare_attack(given["model"], loss, cfg, setup)
     marks.clear()
@@ -246,9 +253,17 @@ class Outcome:
         return float(metrics.psnr(self.images, truth.cpu()).mean())
 
 
-def by_peer(peer: Peer, case: Case, steps: int, tv: float, start: Tensor) -> Outcome:
+@dataclass(frozen=True)
+class Tuned:
+    """What is chosen for each side: the smoothness weight, and the length of a step."""
+
+    tv: float
+    lr: float = 0.1  # the peer's
+
+
+def by_peer(peer: Peer, case: Case, steps: int, tuned: Tuned, start: Tensor) -> Outcome:
     """The peer's whole attack on the victim that it was introduced to."""
-    got = peer.ask("run", steps=steps, tv=tv, start=start)
+    got = peer.ask("run", steps=steps, tv=tuned.tv, lr=tuned.lr, start=start)
     mean, std = case.pixels
     images = (got["image"] * std + mean).clamp(0, 1)
     return Outcome(images, got["losses"], got["seconds"], got["marks"])
@@ -282,12 +297,12 @@ def step_lr(steps: int) -> engine.Schedule:
     return lambda step: 0.1 ** sum(step >= steps // part for part in (2.667, 1.6, 1.142))
 
 
-def as_the_peer(steps: int, tv: float, restarts: int = 1) -> Attack:
+def as_the_peer(steps: int, tuned: Tuned, restarts: int = 1) -> Attack:
     """The peer's invertinggradients on fedsec's engine."""
     search = engine.Search(
         distance=engine.cosine,
-        priors=((tv, padded_variation),),
-        rule=engine.Adam(lr=0.1, signed=True),
+        priors=((tuned.tv, padded_variation),),
+        rule=engine.Adam(lr=tuned.lr, signed=True),
         schedule=step_lr(steps),
         steps=steps,
         restarts=restarts,
@@ -296,13 +311,13 @@ def as_the_peer(steps: int, tv: float, restarts: int = 1) -> Attack:
     return lambda seen, rngs, progress: engine.match(seen, seen.labels, search, rngs, progress)
 
 
-def difference(peer: Peer, case: Case, tv: float) -> float:
+def difference(peer: Peer, case: Case, tuned: Tuned) -> float:
     """The greatest gap between the two objectives at fedsec's images after 1 and 30 steps."""
     mean, std = case.pixels
     gaps = []
     for steps in (1, 30):
-        ours = by_fedsec(case, as_the_peer(steps, tv), [0], 1)
-        theirs = by_peer(peer, case, 1, tv, (ours.images - mean) / std)
+        ours = by_fedsec(case, as_the_peer(steps, tuned), [0], 1)
+        theirs = by_peer(peer, case, 1, tuned, (ours.images - mean) / std)
         gaps.append(abs(ours.losses[0] - theirs.losses[0]))
     return float(torch.tensor(gaps).max())  # NaN if there is one
 
@@ -319,14 +334,16 @@ def per_step(outcome: Outcome, steps: int) -> float:
     return (marks[last] - marks[first]) / (last - first)
 
 
-def race(peer: Peer | None, case: Case, tv: float, args: argparse.Namespace) -> list[list[float]]:
+def race(
+    peer: Peer | None, case: Case, tuned: Tuned, args: argparse.Namespace
+) -> list[list[float]]:
     """Seconds a lane-step: the peer's, fedsec's with one lane, and with several, in turns.
 
     All are warmed up first; fedsec's first calls, compilation included, are printed.
     """
 
     def pace(lanes: int) -> float:
-        outcome = by_fedsec(case, as_the_peer(STEPS, tv, lanes), [0], 1)
+        outcome = by_fedsec(case, as_the_peer(STEPS, tuned, lanes), [0], 1)
         return per_step(outcome, STEPS) / lanes
 
     begun = time.perf_counter()
@@ -336,11 +353,11 @@ def race(peer: Peer | None, case: Case, tv: float, args: argparse.Namespace) -> 
     several = f"{time.perf_counter() - between:.1f} s ({args.lanes})"
     print(f"             first calls {between - begun:.1f} s (1 lane), {several}")
     if peer is not None:
-        by_peer(peer, case, 10, tv, case.start(0))
+        by_peer(peer, case, 10, tuned, case.start(0))
     peers, single, multiple = [], [], []
     for _ in range(args.pairs):
         if peer is not None:
-            peers.append(per_step(by_peer(peer, case, STEPS, tv, case.start(0)), STEPS))
+            peers.append(per_step(by_peer(peer, case, STEPS, tuned, case.start(0)), STEPS))
         single.append(pace(1))
         multiple.append(pace(args.lanes))
     return [peers, single, multiple]
@@ -367,7 +384,7 @@ def to_quality(
 ) -> tuple[int, float] | None:
     """Fewest steps that reach a mean PSNR of `goal` dB, and their seconds an image.
 
-    The steps are found on passes that are not measured, which also compile; then one run is timed.
+    The steps are found on passes that are not measured; then one run is timed.
     """
     rows = range(len(case.images))
 
@@ -378,12 +395,12 @@ def to_quality(
     return None if steps is None else (steps, run(steps).seconds / len(rows))
 
 
-def peer_runs(peer: Peer, case: Case, tv: float, steps: int) -> tuple[float, float]:
+def peer_runs(peer: Peer, case: Case, tuned: Tuned, steps: int) -> tuple[float, float]:
     """Mean seconds and PSNR of the peer's whole run on each image."""
     seconds, quality = [], []
     for row in range(len(case.images)):
         case.introduce(peer, row)
-        outcome = by_peer(peer, case, steps, tv, case.start(row))
+        outcome = by_peer(peer, case, steps, tuned, case.start(row))
         seconds.append(outcome.seconds)
         quality.append(outcome.psnr(case.images[row, None]))
     return statistics.mean(seconds), statistics.mean(quality)
@@ -403,8 +420,9 @@ def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case]:
     model = MODELS[name].build(images.shape, images.classes, images.mean, images.std, fresh)
     model.to(args.device)
 
-    def of(split: Split, count: int) -> Case:
-        batch = split.batch(range(count), images.classes).to(args.device)
+    def of(split: Split, count: int, apart: int) -> Case:
+        rows = [i * apart % len(split) for i in range(count)]
+        batch = split.batch(rows, images.classes).to(args.device)
         local = Local(kind="gradient", lr=1.0)
         updates = []
         for image, target in zip(batch.images.split(1), batch.targets.split(1), strict=True):
@@ -412,27 +430,40 @@ def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case]:
             updates.append({k: g.detach() for k, g in gradient.items()})
         return Case(model, batch.images, batch.targets, updates, getattr(time, CLOCKS[args.clock]))
 
-    return of(images.test, args.images), of(images.train, TUNING)
+    return of(images.test, args.images, APART), of(images.train, TUNING, APART)
 
 
-def smoothness(peer: Peer, case: Case, args: argparse.Namespace) -> float:
-    """Of the weights offered, the one with the peer's best mean PSNR on the tuning images."""
-    if len(args.tv) == 1:
-        return args.tv[0]
-    quality = {tv: peer_runs(peer, case, tv, args.steps)[1] for tv in args.tv}
-    print("             peer by tv: " + ", ".join(f"{t:g} {q:.1f} dB" for t, q in quality.items()))
-    return max(quality, key=quality.__getitem__)
+def tune(
+    who: str, case: Case, recipe: Callable[[Tuned], Attack], lr: float, args: argparse.Namespace
+) -> Tuned:
+    """The weight and then the step length with the best mean PSNR on the tuning images."""
+
+    def best(offered: list[Tuned]) -> Tuned:
+        if len(offered) == 1:
+            return offered[0]
+        rows = range(len(case.images))
+        quality = {
+            t: by_fedsec(case, recipe(t), rows, args.lanes).psnr(case.images) for t in offered
+        }
+        each = ", ".join(f"tv {t.tv:g} lr {t.lr:g} {q:.1f} dB" for t, q in quality.items())
+        print(f"             {who}: {each}")
+        return max(quality, key=quality.__getitem__)
+
+    chosen = best([Tuned(tv, lr) for tv in args.tv])
+    lengths = LENGTHS if len(args.tv) > 1 else (1.0,)
+    return best([Tuned(chosen.tv, lr * length) for length in lengths])
 
 
-def own(overrides: Sequence[str], steps: int) -> Attack:
-    """configs/attack/inverting.yaml with `key=value` overrides."""
+def own(overrides: Sequence[str], steps: int | None = None) -> Inverting:
+    """configs/attack/inverting.yaml with `key=value` overrides, and so many steps."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     stored: Any = OmegaConf.load(ROOT / "configs/attack/inverting.yaml")
     stored.pop("_target_")
+    last = [] if steps is None else [f"steps={steps}"]
     try:
-        changes = OmegaConf.from_dotlist([*overrides, f"steps={steps}"])
+        changes = OmegaConf.from_dotlist([*overrides, *last])
         merged: Any = OmegaConf.merge(OmegaConf.structured(Inverting), stored, changes)
     except OmegaConfBaseException as error:
         raise Refused("attack-overrides", str(error).splitlines()[0]) from error
@@ -440,50 +471,51 @@ def own(overrides: Sequence[str], steps: int) -> Attack:
 
 
 HEAD = (
-    "model", "tv", "peer ms/step", "fedsec ms/step", "ratio", "{lanes} lanes ms/lane-step", "ratio",
-    "peer s/image", "peer dB", "fedsec s to it (steps)", "ratio", "own s to it (steps)", "ratio",
-    "fedsec s, all steps", "fedsec dB",
+    "model", "peer ms/step", "fedsec ms/step", "ratio", "{lanes} lanes ms/lane-step", "ratio",
+    "peer tv, lr", "peer s/image", "peer dB", "fedsec tv, lr", "fedsec s/image to it (steps)",
+    "ratio", "fedsec s/image, all steps", "fedsec dB",
 )  # fmt: skip
 
 
 def measure(name: str, peer: Peer | None, args: argparse.Namespace) -> list[str]:
     """One line of the table. Without a peer, what is compared with it is missing."""
     case, tuning = cases(args, name)
-    tv, seconds, goal = args.tv[0], float("nan"), float("nan")
+    theirs = Tuned(args.tv[0])
     if peer is not None:
         case.introduce(peer, 0)
-        gap = difference(peer, case, tv)
+        gap = difference(peer, case, theirs)
         print(f"{name:12} objectives differ by {gap:.1e} at the same images")
         if not gap <= ALIKE:
             raise PeerFailed(f"refused: the objectives differ by {gap:.1e} at the same images")
-        tv = smoothness(peer, tuning, args)
-        case.introduce(peer, 0)
-    peers, single, several = race(peer, case, tv, args)
-
-    def same(steps: int) -> Attack:
-        return as_the_peer(steps, tv)
-
-    rows = range(args.images)
-    by_fedsec(case, same(30), rows, args.lanes)  # warms up stacks of this size
-    full = by_fedsec(case, same(args.steps), rows, args.lanes)
-    cells = [name, f"{tv:g}", _ms(peers), _ms(single), _ratios(peers, single)]
+    peers, single, several = race(peer, case, theirs, args)
+    cells = [name, _ms(peers), _ms(single), _ratios(peers, single)]
     cells += [_ms(several), _ratios(peers, several)]
+    if args.images == 0:
+        return cells + [""] * (len(HEAD) - len(cells))
+
+    def recipe(tuned: Tuned, steps: int) -> Attack:
+        return own([*args.attack_overrides, f"tv={tuned.tv}", f"lr={tuned.lr}"], steps)
+
+    given = own(args.attack_overrides)
+    ours = tune("fedsec", tuning, lambda t: recipe(t, given.steps), given.lr, args)
+    rows = range(args.images)
     if peer is None:
-        cells += ["not run"] + [""] * 5
+        cells += ["not run"] + [""] * 2 + [_tuned(ours)] + [""] * 2
     else:
-        seconds, goal = peer_runs(peer, case, tv, args.steps)
-        cells += [f"{seconds:.2f}", f"{goal:.1f}"]
-        recipes = [same]
-        if args.attack_overrides is not None:
-            recipes.append(lambda steps: own(args.attack_overrides, steps))
-        for recipe in recipes:
-            reached = to_quality(case, recipe, goal, 2 * args.steps, args.lanes)
-            if reached is None:
-                cells += [f"not in {2 * args.steps} steps", ""]
-            else:
-                cells += [f"{reached[1]:.2f} ({reached[0]})", f"{seconds / reached[1]:.1f}"]
-        cells += [""] * (2 * (2 - len(recipes)))
+        theirs = tune("peer", tuning, lambda t: as_the_peer(args.steps, t), theirs.lr, args)
+        seconds, goal = peer_runs(peer, case, theirs, args.steps)
+        cells += [_tuned(theirs), f"{seconds:.2f}", f"{goal:.1f}", _tuned(ours)]
+        reached = to_quality(case, lambda n: recipe(ours, n), goal, args.steps, args.lanes)
+        if reached is None:
+            cells += [f"not in {args.steps} steps", ""]
+        else:
+            cells += [f"{reached[1]:.3f} ({reached[0]})", f"{seconds / reached[1]:.1f}"]
+    full = by_fedsec(case, recipe(ours, args.steps), rows, args.lanes)
     return [*cells, f"{full.seconds / args.images:.2f}", f"{full.psnr(case.images):.1f}"]
+
+
+def _tuned(tuned: Tuned) -> str:
+    return f"{tuned.tv:g}, {tuned.lr:g}"
 
 
 def _ms(seconds: list[float]) -> str:
@@ -512,16 +544,16 @@ def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="fedsec beside breaching", formatter_class=plain)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--steps", type=int, default=600, help="of a whole attack, on both sides")
-    parser.add_argument("--images", type=int, default=2, help="for quality; steps use the first")
+    parser.add_argument("--images", type=int, default=10, help="for quality; 0: only steps")
     parser.add_argument("--lanes", type=int, default=8, help="of fedsec, all in one step")
     parser.add_argument("--pairs", type=int, default=5, help="of step timings, taking turns")
     parser.add_argument(
-        "--tv", type=float, nargs="+", default=[0.01],
-        help="smoothness weight of both; of several, the peer's best on other images",
+        "--tv", type=float, nargs="+", default=[0.001, 0.01, 0.1],
+        help="smoothness weights that are offered to both sides; one: nothing is tuned",
     )  # fmt: skip
     parser.add_argument(
-        "--attack-overrides", nargs="*", metavar="KEY=VALUE",
-        help="also run configs/attack/inverting.yaml, changed so, to the peer's quality",
+        "--attack-overrides", nargs="*", metavar="KEY=VALUE", default=[],
+        help="changes to configs/attack/inverting.yaml, which fedsec runs to the peer's quality",
     )  # fmt: skip
     parser.add_argument("--data", default="photos", help="or npz:PATH, in MedMNIST's layout")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -538,13 +570,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # lines show at once, in a file too
         sys.stdout.reconfigure(line_buffering=True)
     if args.quick:
-        args.steps, args.images, args.pairs = 60, 1, 2
+        args.steps, args.images, args.pairs, args.tv = 60, 1, 2, [0.01]
     try:
-        for key in ("steps", "images", "lanes", "pairs", "threads"):
+        for key in ("steps", "lanes", "pairs", "threads"):
             require(getattr(args, key) >= 1, key, "must be at least 1", getattr(args, key))
+        require(args.images >= 0, "images", "must be at least 0", args.images)
         on_gpu = args.device != "cpu" and args.clock == "cpu"
         require(not on_gpu, "clock", "must be wall on a GPU", args.clock)
-        own(args.attack_overrides or (), args.steps)
+        own(args.attack_overrides)
         return compare(args)
     except Refused as refusal:
         print(f"error: {refusal}", file=sys.stderr)

@@ -26,6 +26,9 @@ from fedsec.types import Local, Update
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
+# the paper's own steps
+SIGNED = {"rule": "signed", "lr": 0.1, "restarts": 1, "patience": 0, "halving": False}
+
 
 def attacked(attack, spec, seed: int, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """PSNR of each image [n], uncapped, from its gradient alone."""
@@ -49,7 +52,7 @@ def main(path: str, draws: int) -> None:
         worst = attacked(Linear(), MLPSpec(hidden=(128, 64)), 0, images, targets).min()
         print(f"linear, {dtype}: worst of 10 {worst:.0f} dB")
     for steps, tv in ((3000, 1e-4), (1000, 1e-2)):
-        attack = Inverting(steps=steps, lr=0.1, tv=tv, restarts=1)
+        attack = Inverting(**SIGNED, steps=steps, tv=tv)
         spec = LeNetSpec(mode="eval")
         means = [
             float(attacked(attack, spec, s, batch.images, batch.targets).mean())

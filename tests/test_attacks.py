@@ -22,6 +22,8 @@ from fedsec.types import Local, Update
 GRADIENT = Local(kind="gradient", lr=1.0)
 CIFAR = Path(os.environ.get("FEDSEC_DATA", "nowhere")) / "cifar10.npz"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+# the paper's own steps
+SIGNED = {"rule": "signed", "lr": 0.1, "restarts": 1, "patience": 0, "halving": False}
 needs_cifar = pytest.mark.skipif(
     not CIFAR.exists(), reason="FEDSEC_DATA does not name a folder with cifar10.npz"
 )
@@ -114,7 +116,7 @@ def test_inverting_beats_grey_on_lenet_in_a_few_steps():
     images = torch.rand(3, 1, 3, 1, 1).expand(3, 1, 3, 32, 32).contiguous()
     images[..., 8:24, 8:24] = 1 - images[..., 8:24, 8:24]
     seen = observed(lenet(), images, torch.eye(10)[:3, None])
-    found = Inverting(steps=250, lr=0.1, tv=1e-2, restarts=1)(seen, rngs(3), nothing)
+    found = Inverting(**SIGNED, steps=250, tv=1e-2)(seen, rngs(3), nothing)
     psnr = metrics.psnr(found.images[:, 0], images[:, 0])
     grey = metrics.psnr(torch.full_like(images[:, 0], 0.5), images[:, 0])
     assert psnr.mean() > grey.mean() + 3
@@ -127,7 +129,7 @@ def test_inverting_on_cifar_with_the_papers_smoothness():
     """Untrained LeNet, U(-0.5, 0.5), batch 1, 3,000 steps, TV 1e-4: mean PSNR in [14, 20] dB."""
     images, targets = cifar()
     seen = observed(lenet(), images, targets)
-    found = Inverting(steps=3000, lr=0.1, tv=1e-4, restarts=1)(seen, rngs(10), nothing)
+    found = Inverting(**SIGNED, steps=3000, tv=1e-4)(seen, rngs(10), nothing)
     assert 14 <= metrics.psnr(found.images[:, 0], images[:, 0]).mean() <= 20
 
 
@@ -137,7 +139,7 @@ def test_inverting_on_cifar_with_more_smoothness():
     """The same with TV 1e-2 and 1,000 steps: at least 19 dB."""
     images, targets = cifar()
     seen = observed(lenet(), images, targets)
-    found = Inverting(steps=1000, lr=0.1, tv=1e-2, restarts=1)(seen, rngs(10), nothing)
+    found = Inverting(**SIGNED, steps=1000, tv=1e-2)(seen, rngs(10), nothing)
     assert metrics.psnr(found.images[:, 0], images[:, 0]).mean() >= 19
 
 

@@ -110,13 +110,13 @@ class Twin:
         self.low = torch.tensor(mean).neg().div(torch.tensor(std)).view(3, 1, 1)
         self.high = (1 - torch.tensor(mean)).div(torch.tensor(std)).view(3, 1, 1)
 
-    def run(self, steps, tv, start):
+    def run(self, steps, tv, lr, start):
         x = start.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([x], lr=0.1)
+        optimizer = torch.optim.Adam([x], lr=lr)
         losses, marks, begun = [], [], time.perf_counter()
         observed = torch.cat([g.flatten() for g in self.gradients])
         for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 0.1 * peers.step_lr(steps)(step)
+            optimizer.param_groups[0]["lr"] = lr * peers.step_lr(steps)(step)
             task = F.cross_entropy(self.model(x), self.label)
             guess = torch.autograd.grad(task, list(self.model.parameters()), create_graph=True)
             flat = torch.cat([g.flatten() for g in guess])
@@ -144,7 +144,8 @@ def short(monkeypatch):
 def compared(folder, capsys, *more):
     line = [
         "--models", "lenet", "--steps", "20", "--images", "2", "--pairs", "1", "--lanes", "2",
-        "--device", "cpu", "--data", f"npz:{tiny.npz(folder)}", "--env", str(folder / "env"),
+        "--device", "cpu", "--tv", "0.01", "--data", f"npz:{tiny.npz(folder)}",
+        "--env", str(folder / "env"),
     ]  # fmt: skip
     status = peers.main([*line, *more])
     said = capsys.readouterr()
@@ -153,16 +154,41 @@ def compared(folder, capsys, *more):
 
 
 def test_a_comparison_with_an_equal_peer(tmp_path, capsys, monkeypatch, short):
-    """Equal problems: the objectives agree, and the same steps reach the same quality."""
+    """Equal problems: the objectives agree, and the same steps of the same kind are as good."""
     monkeypatch.setattr(peers, "Peer", Twin)
-    status, said, cells = compared(tmp_path, capsys, "--tv", "0.01", "0.1", "--attack-overrides")
+    monkeypatch.setattr(peers, "LENGTHS", (1.0, 1.5))
+    same = ["--attack-overrides", "rule=signed", "lr=0.1", "steps=20"]
+    status, said, cells = compared(tmp_path, capsys, "--tv", "0.01", "0.1", *same)
     assert status == 0, said.err
     assert "objectives differ by" in said.out
-    assert "peer by tv: 0.01" in said.out
+    for who in ("peer", "fedsec"):
+        assert f"{who}: tv 0.01 lr 0.1" in said.out
+    assert said.out.count("lr 0.15 ") == 2, "both sides choose among as many"
     assert "not run" not in said.out
     assert len(cells) == len(peers.HEAD)
-    assert float(cells[14]) == pytest.approx(float(cells[8]), abs=0.5), "dB, after equal steps"
-    assert all(float(cells[i].split()[0]) > 0 for i in (2, 3, 4, 5, 6, 7))
+    assert float(cells[13]) == pytest.approx(float(cells[8]), abs=0.5), "dB, after equal steps"
+    assert all(float(cells[i].split()[0]) > 0 for i in (1, 2, 3, 4, 5, 7))
+
+
+def test_the_tuning_images_are_not_compared(tmp_path):
+    words = ["--data", f"npz:{tiny.npz(tmp_path)}", "--device", "cpu", "--images", "3"]
+    compared, tuning = peers.cases(peers.arguments().parse_args(words), "lenet")
+    assert len(compared.images) == 3
+    assert len(tuning.images) == peers.TUNING
+    apart = (compared.images[:, None] - tuning.images).abs().flatten(2).amax(-1)
+    assert apart.min() > 0
+
+
+def test_the_better_weight_and_then_the_better_length_are_chosen(monkeypatch, capsys):
+    quality = {(0.1, 1.0): 1.0, (0.2, 1.0): 3.0, (0.2, 0.5): 4.0, (0.2, 2.0): 2.0, (0.1, 0.5): 9.0}
+
+    def run(case, recipe, rows, lanes):
+        return type("O", (), {"psnr": lambda self, truth: quality[recipe]})()
+
+    monkeypatch.setattr(peers, "by_fedsec", run)
+    args = peers.arguments().parse_args(["--tv", "0.1", "0.2"])
+    case = type("C", (), {"images": [0]})()
+    assert peers.tune("x", case, lambda t: (t.tv, t.lr), 1.0, args) == peers.Tuned(0.2, 0.5)
 
 
 def test_a_peer_that_solves_another_problem_is_not_timed(tmp_path, capsys, monkeypatch, short):
@@ -170,15 +196,15 @@ def test_a_peer_that_solves_another_problem_is_not_timed(tmp_path, capsys, monke
     status, said, cells = compared(tmp_path, capsys)
     assert status == 0
     assert "not run      lenet: refused: the objectives differ by 1.0e-03" in said.out
-    assert cells[2] == "not run"
-    assert float(cells[3]) > 0, "fedsec's own numbers are still there"
+    assert cells[1] == "not run"
+    assert float(cells[2]) > 0, "fedsec's own numbers are still there"
 
 
 def test_a_broken_objective_does_not_pass_for_an_equal_one(tmp_path, capsys, monkeypatch, short):
     monkeypatch.setattr(peers, "Peer", type("Broken", (Twin,), {"offset": float("nan")}))
     _, said, cells = compared(tmp_path, capsys)
     assert "refused: the objectives differ by nan" in said.out
-    assert cells[2] == "not run"
+    assert cells[1] == "not run"
 
 
 def test_a_peer_that_cannot_be_installed_is_a_reason(tmp_path, capsys, monkeypatch):
@@ -188,7 +214,7 @@ def test_a_peer_that_cannot_be_installed_is_a_reason(tmp_path, capsys, monkeypat
     assert status == 0
     assert "not run      peer:" in said.out
     assert "breaching.whl" in said.out
-    assert cells[2] == cells[7] == "not run"
+    assert cells[1] == cells[6] == "not run"
 
 
 def test_a_peer_that_dies_says_why():

@@ -3,16 +3,26 @@
 import sys
 import time
 import types
+from pathlib import Path
+from typing import Any
 
 import pytest
+import tiny
 import torch
+import yaml
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from fedsec import cost
+from attacks.inverting import Inverting
+from fedsec import cost, engine
+from fedsec.attack import Attack, Place, Progress
 from fedsec.cost import Clock, backprop_gflop, flops
-from fedsec.types import Batch
+from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ModelSpec, ResNet18Spec, ResNetSpec
+from fedsec.rng import stream
+from fedsec.threat import Observation
+from fedsec.types import Batch, Local, Update
 
 
 def lenet() -> nn.Module:
@@ -141,6 +151,163 @@ def test_the_function_is_run_once():
     calls = []
     flops(lambda: calls.append(1))
     assert calls == [1]
+
+
+# ---- whole attacks ------------------------------------------------------------------------------
+
+SIDE, WIDE = 32, 64  # pixels across; the MLP's hidden layer
+
+# Of a lane-step on one image: multiply-adds of each layer's forward pass, and how many such
+# products a double backward needs. A linear layer: its output; its weights' gradient and its
+# input's; by the weights' gradient two, by the input's gradient one; by the output one. The first
+# layer's input gradient is not needed, nor what follows from it: two less.
+# A convolution has one more, unless it is the first: PyTorch also differentiates the input's
+# gradient by the weights. At stride 2 that one spans 6 x 6 positions of the kernel, not 5 x 5.
+DOUBLE = {
+    "mlp": [(3 * SIDE * SIDE * WIDE, 5), (WIDE * WIDE, 7), (WIDE * 10, 7)],
+    "lenet": list(zip(LENET, [5, 7 + 36 / 25, 8, 7], strict=True)),
+}
+# Of one plain pass: output, weights' gradient, and, but for the first layer, input's gradient.
+PLAIN = {
+    name: 2e-9 * sum(m * (2 if i == 0 else 3) for i, (m, _) in enumerate(layers))
+    for name, layers in DOUBLE.items()
+}
+# Of one image's way from pixels to cosine coefficients and back: rows and columns, three channels.
+COSINES = 2e-9 * 2 * 2 * 3 * SIDE**3
+HAND = {name: 2e-9 * sum(m * times for m, times in layers) for name, layers in DOUBLE.items()}
+SPECS: dict[str, ModelSpec] = {"mlp": MLPSpec(hidden=(WIDE, WIDE)), "lenet": LeNetSpec()}
+
+
+def attacked(spec: ModelSpec, victims: int, count: int, side: int = SIDE) -> Observation:
+    """Victims of a gradient on `count` images each; the labels are known."""
+    shape, half = (3, side, side), (0.5,) * 3
+    model = spec.build(shape, 10, half, half, stream(0, "model"))
+    targets = torch.eye(10)[:count].expand(victims, -1, -1)
+    images = torch.rand(victims, count, *shape)
+    updates = [
+        engine.simulate(model, x, t, Local(kind="gradient", lr=1.0))
+        for x, t in zip(images, targets, strict=True)
+    ]
+    stacked = {k: torch.stack([u[k] for u in updates]).detach() for k in updates[0]}
+    model.requires_grad_(False)
+    update = Update(stacked, {}, count)
+    known = {"model": model, "update": update, "count": count, "shape": shape}
+    return Observation("test", known | {"labels": targets, "data_range": (0.0, 1.0)})
+
+
+def searched(**more) -> engine.Search:
+    search = {"distance": engine.cosine, "rule": engine.Adam(lr=0.1), "steps": 5, "restarts": 3}
+    return engine.Search(**(search | more))
+
+
+def streams(victims: int) -> list[torch.Generator]:
+    return [stream(0, "attack", v) for v in range(victims)]
+
+
+def silent(step: int, steps: int, loss: float) -> None:
+    pass
+
+
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("name", SPECS)
+def test_a_search_costs_what_the_hand_count_says(name, count):
+    seen = attacked(SPECS[name], 2, count)
+    found = engine.match(seen, seen.labels, searched(), streams(2), silent)
+    # five steps, and a look at where the last one led
+    assert found.gflop.tolist() == pytest.approx([3 * 6 * count * HAND[name]] * 2, rel=0.01)
+
+
+def inverting() -> Attack:
+    """As its file has it, but with four steps."""
+    file = Path(__file__).parents[1] / "configs/attack/inverting.yaml"
+    fields: dict[str, Any] = yaml.safe_load(file.read_text()) | {"steps": 4}
+    del fields["_target_"]
+    return Inverting(**fields)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_inverting_attack_costs_what_the_hand_count_says(name):
+    found = inverting()(attacked(SPECS[name], 1, 2), streams(1), silent)
+    assert found.gflop.item() == pytest.approx(5 * 2 * (HAND[name] + COSINES), rel=0.01)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_row_s_backprops_are_those_of_the_hand_count(name, tmp_path, monkeypatch):
+    words = [f"model={name}", "defense=none", "victim_batch=1"]
+    words += ["model.hidden=[64,64]"] if name == "mlp" else []
+    path = tiny.npz(tmp_path, size=SIDE, classes=10)
+    line = tiny.words(tmp_path, *words, "data=npz", f"data.path={path}", steps=4)
+    assert tiny.call(monkeypatch, line) == 0
+    whole = 5 * (HAND[name] + COSINES)
+    for row in tiny.rows(tmp_path / "out"):
+        assert row["gflop"] == pytest.approx(whole, rel=0.01)
+        assert row["backprops"] == pytest.approx(whole / PLAIN[name], rel=0.01)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(
+    "spec", [ConvNetSpec(width=4), ResNetSpec(depth=20, width=4), ResNet18Spec(width=4)]
+)
+def test_a_step_costs_what_pytorch_counts(spec, mode):
+    """One lane, plain autograd. `1 *`: the counter's hooks break at a leaf that enters a module."""
+    seen = attacked(spec, 1, 2, side=12)
+    seen.model.train(mode == "train")
+    found = engine.match(seen, seen.labels, searched(steps=1, restarts=1), streams(1), silent)
+    images = torch.rand(2, 3, 12, 12).requires_grad_()
+    weights = {k: p.detach().clone().requires_grad_() for k, p in seen.model.named_parameters()}
+    goal = {k: t[0] for k, t in seen.update.tensors.items()}
+    with FlopCounterMode(display=False) as counter:
+        loss = F.cross_entropy(functional_call(seen.model, weights, (1 * images,)), seen.labels[0])
+        inner = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        distance = engine.cosine(dict(zip(weights, inner, strict=True)), goal)
+        torch.autograd.grad(distance, images)
+    assert found.gflop.item() == pytest.approx(2 * counter.get_total_flops() / 1e9, rel=1e-9)
+
+
+class Early(engine.Adam):
+    """Says after the second step that its first lane is stuck."""
+
+    def step(self, gradient, state, step, scale):
+        move, state, stuck = super().step(gradient, state, step, scale)
+        stuck[0] = step == 2
+        return move, state, stuck
+
+
+def test_lanes_that_retire_cost_as_many_steps_as_they_took(monkeypatch):
+    monkeypatch.setattr(engine, "EVERY", 5)
+    seen = attacked(SPECS["lenet"], 2, 1)
+    search = searched(steps=20, restarts=1, rule=Early(lr=0.1))
+    found = engine.match(seen, seen.labels, search, streams(2), silent)
+    assert found.steps.tolist() == [5, 20]
+    looks = [5, 21]  # who ran out looks once more where the last step led
+    assert found.gflop.tolist() == pytest.approx([n * HAND["lenet"] for n in looks], rel=0.01)
+
+
+class Cut(Progress, Place):
+    """Keeps one search, and dies at the third look at it."""
+
+    looks = 0
+
+    def place(self, problem, inputs):
+        return self
+
+    def save(self, state, over=False):
+        self.saved = {k: t.clone() for k, t in state.items()}
+        self.looks += 1
+        if self.looks == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_search_costs_as_much_as_an_unbroken_one(monkeypatch):
+    monkeypatch.setattr(engine, "EVERY", 5)
+    seen, cut = attacked(SPECS["mlp"], 1, 1), Cut()
+    search = searched(steps=20, restarts=2)
+    with pytest.raises(KeyboardInterrupt):
+        engine.match(seen, seen.labels, search, streams(1), cut)
+    assert cut.saved is not None
+    assert cut.saved["step"] == 15
+    found = engine.match(seen, seen.labels, search, streams(1), cut)
+    assert found.gflop.item() == pytest.approx(2 * 21 * HAND["mlp"], rel=0.01)
 
 
 # ---- clocks -------------------------------------------------------------------------------------
