@@ -37,16 +37,19 @@ class Values:
     control: bool  # also run without the defense
     lpips: str  # the metric's network: alex, which comes with fedsec, or vgg, which is fetched
     stack: int  # victims attacked together, >= 1: memory against speed
-    threads: int  # of torch, on a CPU, >= 1
+    threads: int | str  # of torch, on a CPU, >= 1; auto: by the model's size and the cores
 
     def __post_init__(self):
         require(self.images >= 1, "images", "must be at least 1", self.images)
         require(self.rounds >= 0, "rounds", "must not be negative", self.rounds)
         require(self.clients >= 1, "clients", "must be at least 1", self.clients)
         require(self.stack >= 1, "stack", "must be at least 1", self.stack)
-        require(self.threads >= 1, "threads", "must be at least 1", self.threads)
-        most = 4 * (os.cpu_count() or 1)  # far more end the process, not the run
-        require(self.threads <= most, "threads", f"must be at most {most} here", self.threads)
+        threads, most = self.threads, 4 * (os.cpu_count() or 1)  # far more end the process
+        if isinstance(threads, str):
+            require(threads == "auto", "threads", "must be a number or auto", threads)
+        else:
+            require(threads >= 1, "threads", "must be at least 1", threads)
+            require(threads <= most, "threads", f"must be at most {most} here", threads)
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
         require(self.out != "", "out", "must name a folder", "nothing")

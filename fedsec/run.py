@@ -110,7 +110,8 @@ def _run(cfg: DictConfig) -> int:
     grants = sorted(map(str, cfg.threat.get("grants", [])))
     console.banner(names, names["threat"], grants)
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
+    if cfg.threads != "auto":
+        os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
     from fedsec import config, experiment
@@ -155,7 +156,9 @@ def _announce(plan: Plan, console: Console) -> None:
         + (f" x {many} defenses (none = control)" if many > 1 else "")
         + (f" x {steps} gradient evaluations" if steps else "")
     )
-    threads = f", {values.threads} thread{'s' * (values.threads > 1)}"
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}"
+    threads += " (by the model's size and the cores)" if values.threads == "auto" else ""
     device = plan.device + (threads if plan.device == "cpu" else "")
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
 

@@ -393,6 +393,7 @@ REFUSED = [
     ("clients=81", r"clients: must be at most the 80 training images, got 81"),
     ("stack=0", r"stack: must be at least 1, got 0"),
     ("threads=0", r"threads: must be at least 1, got 0"),
+    ("threads=many", r"threads: must be a number or auto, got many"),
     ("threads=100000", r"threads: must be at most \d+ here, got 100000"),
     ("device=tpu", r"device: must be auto, cpu or cuda, got tpu"),
     ("client.lr=0", r"client\.lr: must be above 0 and finite, got 0\.0"),

@@ -3,10 +3,13 @@
 An attack that starts from the wrong picture of the protocol would make a defense of it.
 """
 
+import os
+
 import pytest
+import tiny
 import torch
 
-from fedsec import engine
+from fedsec import engine, experiment
 from fedsec.client import FedAvg, Gradient
 from fedsec.data import Dataset, Split
 from fedsec.defense import Compose
@@ -102,3 +105,35 @@ def test_a_sum_holds_every_reply_also_of_clients_that_drew_nothing():
         for k, t in whole.update.tensors.items():
             assert torch.equal(t, here[0].aggregate.tensors[k])
     assert short, "else this test could not fail"
+
+
+# ---- threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gflop", "cores", "threads"),
+    [(0.03, 16, 1), (1.9, 16, 1), (4.1, 16, 2), (26.6, 2, 2), (26.6, 16, 13), (500.0, 16, 16)],
+)
+def test_threads_follow_the_size_of_a_stack_up_to_the_cores(gflop, cores, threads):
+    assert experiment._threads(gflop, cores) == threads
+
+
+def test_no_more_cores_are_taken_than_the_machine_or_the_caller_gives(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    there = experiment._cores()
+    assert 1 <= there <= (os.cpu_count() or 0)
+    for said, cores in (("1", 1), ("100000", there), ("", there), ("0", there), ("4,2", there)):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert experiment._cores() == cores
+
+
+@pytest.mark.parametrize(("threads", "said"), [("auto", "1 thread (by the"), (2, "2 threads\n")])
+def test_the_choice_of_threads_is_said_and_recorded(tmp_path, capsys, monkeypatch, threads, said):
+    words = tiny.words(tmp_path, f"threads={threads}")
+    try:
+        assert tiny.call(monkeypatch, words) == 0
+        assert torch.get_num_threads() == (1 if threads == "auto" else threads)
+    finally:
+        torch.set_num_threads(1)
+    assert said.rstrip("\n") in capsys.readouterr().out
+    assert tiny.whole(tmp_path / "out")["cost"]["device"].startswith(f"cpu, {said[:8]}")
