@@ -320,8 +320,9 @@ def match(
         kept = dict(zip(_KEPT, values, strict=True)) | {_RULE + k: t for k, t in state.items()}
         place.save(kept | {"moves": moves, "looks": looks, "step": torch.tensor(step)}, over)
 
+    objective = recorded(lanes.objective, x.device)
     for step in range(first, search.steps + 1):  # the last look evaluates, and does not move
-        loss, gradient = lanes.objective(x, active)
+        loss, gradient = objective(x, active)
         better = loss < best[active]  # false for NaN
         best[active] = torch.where(better, loss, best[active])
         best_x[active] = torch.where(better[:, None], x, best_x[active])
@@ -356,7 +357,62 @@ def match(
     keep_at(search.steps + 1, over=True)
     progress(search.steps, search.steps, float(best[best.isfinite()].mean()))
     found = lanes.reconstruction(best, best_x, moves, looks, lost)
+    if isinstance(objective, Recorded) and objective.trouble:
+        found = replace(found, flags=tuple((*f, objective.trouble) for f in found.flags))
     return replace(found, gflop=found.gflop + spent)
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------
+
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # lanes, which -> value and gradient
+Replay = tuple[Callable[[], object], tuple[Tensor, Tensor]]  # writes anew to the tensors beside it
+
+
+def recorded(objective: Objective, device: torch.device) -> Objective:
+    """The same, in the way that suits the device."""
+    return Recorded(objective, cuda_graph) if device.type == "cuda" else objective
+
+
+class Recorded:
+    """An objective that is recorded once for each set of lanes, and replayed as a whole.
+
+    To launch the thousand kernels of a step one by one takes a GPU longer than to run them. What a
+    call returns, the next one overwrites. Where recording fails, `trouble` has the reason, and the
+    objective is called as it is.
+    """
+
+    def __init__(self, objective: Objective, record: Callable[[Callable], Replay]):
+        self.objective, self.record, self.trouble = objective, record, ""
+        self.active: Tensor | None = None
+
+    def __call__(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        if active is not self.active and not self.trouble:
+            self.replay = self.out = None  # free what fewer lanes do not need
+            self.active, self.x = active, x.clone()
+            try:
+                self.replay, self.out = self.record(lambda: self.objective(self.x, active))
+            except RuntimeError as error:
+                first = next(iter(str(error).splitlines()), "")
+                self.trouble = f"the attack's steps could not be recorded as a CUDA graph: {first}"
+        if self.replay is None or self.out is None:
+            return self.objective(x, active)
+        self.x.copy_(x)
+        self.replay()
+        return self.out
+
+
+def cuda_graph(fn: Callable[[], tuple[Tensor, Tensor]]) -> Replay:
+    """`fn` as a CUDA graph. Raises RuntimeError where it cannot be captured."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):  # kernels are chosen, workspaces are taken
+            fn()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fn()
+    return graph.replay, out
 
 
 # of the loop, with moves, looks and step

@@ -64,6 +64,7 @@ def plan(
     device = _device(values.device)
     resumes = _resumes(folder, config)
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # ten bits drown what tells two gradients apart
     dataset: Dataset = settings.data.load()
     defenses = _defenses(settings)
     job = _job(settings, device, (), settings.defense)

@@ -499,3 +499,96 @@ def test_a_lane_that_still_falls_goes_on():
     seen, targets = observed(model, [batch]), batch.targets[None]
     falling = signed(100, patience=25, rule=engine.Adam(lr=0.05))
     assert engine.match(seen, targets, falling, rngs(1), nothing).steps.tolist() == [100]
+
+
+# ---- memory -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_do_not_grow_memory():
+    model, batch = built("lenet", dtype=torch.float32), private(1, dtype=torch.float32)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    peaks = []
+    for steps in (500, 500, 10_000):  # the first also loads what is loaded lazily
+        search = signed(steps, restarts=4, spectrum=1.0, patience=20_000)
+        with cost.Clock() as clock:
+            engine.match(seen, targets, search, rngs(1), nothing)
+        peaks.append(clock.peak_mb)
+    print(peaks, "MB")
+    assert peaks[2] < peaks[1] + 2, "MB: 0.2 kB a step would show"
+
+
+@pytest.mark.slow
+def test_sixteen_lanes_of_resnet18_fit_in_eight_gigabytes():
+    spec = ResNet18Spec(mode="eval")
+    model = spec.build((3, 32, 32), 10, (0.5,) * 3, (0.25,) * 3, stream(0, "model"))
+    images, targets = torch.rand(16, 1, 3, 32, 32), torch.eye(10)[torch.arange(16) % 10][:, None]
+    with cost.Clock() as clock:
+        pairs = zip(images, targets, strict=True)
+        updates = [engine.simulate(model, x, t, GRADIENT) for x, t in pairs]
+        stacked = {k: torch.stack([u.pop(k).detach() for u in updates]) for k in list(updates[0])}
+        for p in model.parameters():
+            p.requires_grad_(False)
+        known = {"model": model, "update": Update(stacked, {}, 1), "shape": (3, 32, 32)}
+        seen = Observation("test", known | {"count": 1, "data_range": (0.0, 1.0)})
+        engine.match(seen, targets, signed(2), rngs(16), nothing)
+    print(f"{clock.peak_mb:.0f} MB")
+    assert clock.peak_mb is not None
+    assert clock.peak_mb < 8000, "of this process, the sixteen observed updates included"
+
+
+# ---- what a GPU does, played on a CPU -----------------------------------------------------------
+
+
+def played(fn):
+    """A CUDA graph's contract: recorded once, its tensors are written to anew by each replay."""
+    out = fn()
+
+    def replay():
+        for old, new in zip(out, fn(), strict=True):
+            old.copy_(new)
+
+    return replay, out
+
+
+@pytest.mark.parametrize("spectrum", [None, 1.0])
+def test_recorded_steps_are_the_same_steps(monkeypatch, spectrum):
+    """Also as lanes retire, and although a replay overwrites what the last one returned."""
+    model, batches = built("mlp"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    seen, calls = observed(model, batches), []
+
+    def record(fn):
+        calls.append(1)
+        return played(fn)
+
+    search = signed(200, restarts=4, halving=True, spectrum=spectrum)
+    plain = engine.match(seen, targets, search, rngs(2), nothing)
+    monkeypatch.setattr(engine, "recorded", lambda fn, device: engine.Recorded(fn, record))
+    again = engine.match(seen, targets, search, rngs(2), nothing)
+    assert len(calls) == 3, "eight lanes, four, two"
+    for field in ("images", "loss", "steps", "gflop"):
+        assert torch.equal(getattr(plain, field), getattr(again, field))
+
+
+def test_steps_that_cannot_be_recorded_are_taken_one_by_one_and_said(monkeypatch):
+    model, batch = built("mlp"), private(1)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+
+    def record(fn):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    plain = engine.match(seen, targets, signed(30), rngs(1), nothing)
+    monkeypatch.setattr(engine, "recorded", lambda fn, device: engine.Recorded(fn, record))
+    again = engine.match(seen, targets, signed(30), rngs(1), nothing)
+    assert torch.equal(plain.images, again.images)
+    (said,) = again.flags[0]
+    assert said.endswith("CUDA graph: operation not permitted when stream is capturing")
+
+
+def test_only_a_gpu_records():
+    def fn(x, active):
+        return x, x
+
+    assert engine.recorded(fn, torch.device("cpu")) is fn
+    assert isinstance(engine.recorded(fn, torch.device("cuda")), engine.Recorded)

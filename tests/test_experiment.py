@@ -135,5 +135,6 @@ def test_the_choice_of_threads_is_said_and_recorded(tmp_path, capsys, monkeypatc
         assert torch.get_num_threads() == (1 if threads == "auto" else threads)
     finally:
         torch.set_num_threads(1)
+    assert not torch.backends.cudnn.allow_tf32, "a GPU would round to ten bits"
     assert said.rstrip("\n") in capsys.readouterr().out
     assert tiny.whole(tmp_path / "out")["cost"]["device"].startswith(f"cpu, {said[:8]}")
