@@ -3,6 +3,7 @@
     python benchmarks/engine.py                              four models, batch 1 and 16
     python benchmarks/engine.py --models lenet --seconds 1   a look in seconds
     python benchmarks/engine.py --device cuda                64 and 256 lanes as well
+    python benchmarks/engine.py --overhead                   what counting and clocks add to a run
 
 Columns, for one lane: `plain`, milliseconds of one forward and backward pass; then as multiples of
 it, the median over turns that they take with it: `twin`, an eager double backward; `autograd`, the
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from fedsec import cost, engine, models
 from fedsec.rng import stream
 from fedsec.threat import Observation
-from fedsec.types import Update
+from fedsec.types import Batch, Local, Update
 
 MODELS = {
     "lenet": models.LeNetSpec(),
@@ -114,6 +115,45 @@ def double_backward(model: nn.Module, x: Tensor, targets: Tensor, update: dict[s
     return torch.autograd.grad(engine.cosine(guess, {k: t[0] for k, t in update.items()}), x)
 
 
+def overhead(steps: int = 600, turns: int = 30) -> str:
+    """A search on lenet with its cost measured, over the same without: CPU seconds, medians."""
+    half, local = (0.5,) * 3, Local(kind="gradient", lr=1.0)
+    model = models.LeNetSpec().build(SHAPE, CLASSES, half, half, stream(0, "model"))
+    batch = Batch(torch.rand(1, *SHAPE), torch.eye(CLASSES)[:1])
+    update = engine.simulate(model, batch.images, batch.targets, local)
+    model.requires_grad_(False)
+    seen = Observation("benchmark", {"model": model, "count": 1, "shape": SHAPE,
+        "update": Update({k: t.detach()[None] for k, t in update.items()}, {}, 1)})  # fmt: skip
+    search = engine.Search(distance=engine.cosine, rule=engine.Adam(lr=0.1), steps=steps)
+
+    def attack() -> None:
+        rngs = [stream(0, "attack")]
+        engine.match(seen, batch.targets[None], search, rngs, lambda step, steps, loss: None)
+
+    def measured() -> None:
+        with cost.Clock():
+            attack()
+        cost.backprop_gflop(model, batch)
+
+    def bare() -> None:
+        counted, engine.flops = engine.flops, lambda step: 0.0
+        try:
+            attack()
+        finally:
+            engine.flops = counted
+
+    seconds: dict[str, list[float]] = {"measured": [], "bare": []}
+    for turn in range(turns):
+        for run in (measured, bare)[:: 1 - 2 * (turn % 2)]:
+            start = time.process_time()  # other processes slow either, and either more
+            run()
+            seconds[run.__name__].append(time.process_time() - start)
+    ratios = [m / b for m, b in zip(*seconds.values(), strict=True)]
+    middle, ratio = (statistics.median(each) for each in (seconds["bare"], ratios))
+    span = f"{min(ratios):.3f} to {max(ratios):.3f} in {turns} turns"
+    return f"lenet, {steps} steps, {middle:.2f} s: {ratio:.4f} times as long measured ({span})"
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     cuda = torch.cuda.is_available()
@@ -123,7 +163,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mode", nargs="+", choices=["train", "eval"], default=["eval", "train"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--overhead", action="store_true", help="only what measuring a cost adds")
     options = parser.parse_args(arguments)
+    if options.overhead:
+        print(overhead())
+        return 0
     gpu = options.device == "cuda"
     lanes = options.lanes or [1, 4, 16, *([64, 256] if gpu else [])]
     machine = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()

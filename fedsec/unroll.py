@@ -82,7 +82,10 @@ class Unrolled:
         Done step by step, to be counted: products do not depend on where the steps have led.
         """
         slope = {k: o[0] for k, o in self.observed.items()}
-        grad(self.distance)(slope, slope)
+        guess = {k: s.clone().requires_grad_() for k, s in slope.items()}
+        with torch.enable_grad():
+            distance = self.distance(guess, slope)
+        torch.autograd.grad(distance, list(guess.values()), allow_unused=True)
         for client, _ in self._clients(self.alone, images, targets):
             for step in range(client.steps):
                 start = None if step == 0 else slope
@@ -219,10 +222,10 @@ class _Alone(_Step):
         x, t = (leaf.detach().requires_grad_() for leaf in (x, t))
         g = self._gradient(weights, x, t, True)
         asked = {} if u is None else weights
-        with torch.enable_grad():
-            along = _inner(g, slope)
+        moving = [k for k in g if g[k].requires_grad]  # not those of parameters without effect
+        along, of = [slope[k] for k in moving], [g[k] for k in moving]
         leaves = [*asked.values(), x, t]
-        *own, of_x, of_t = torch.autograd.grad(along, leaves, materialize_grads=True)
+        *own, of_x, of_t = torch.autograd.grad(of, leaves, along, materialize_grads=True)
         return dict(zip(asked, own, strict=True)), of_x, of_t
 
     def leaves(self, u: Tensors | None) -> Tensors:

@@ -1,5 +1,6 @@
 """Arithmetic against hand counts, clocks against known allocations."""
 
+import subprocess
 import sys
 import time
 import types
@@ -429,3 +430,19 @@ def test_a_second_equal_block_needs_as_much_memory_as_the_first():
     first, second = block(), block()
     assert first == pytest.approx(40, abs=15)
     assert second == pytest.approx(first, abs=15)
+
+
+@linux
+@pytest.mark.parametrize(("before", "least", "most"), [("", 40, 400), ("cost.loaded()", 0, 20)])
+def test_what_pytorch_loads_at_first_is_not_an_attack_s_memory(before, least, most):
+    code = f"""
+import torch
+from fedsec import cost
+{before}
+with cost.Clock() as clock:
+    torch.func.grad(torch.sum)(torch.zeros(1))
+print(clock.peak_mb)
+"""
+    run = [sys.executable, "-c", code]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, env=tiny.ENV)
+    assert least <= float(done.stdout) <= most

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedsec import cost, engine, unroll
-from fedsec.models import ResNet18Spec, ResNetSpec
+from fedsec.models import MLPSpec, ModelSpec, ResNet18Spec, ResNetSpec
 from fedsec.rng import stream
 from fedsec.threat import Observation
 from fedsec.types import Local
@@ -188,10 +188,8 @@ class Live(TorchDispatchMode):
         return out
 
 
-def peak(way: str, steps: int) -> int:
-    model = ResNetSpec(depth=8, width=4).build(
-        SHAPE, CLASSES, (0.5,) * 3, (0.25,) * 3, stream(0, "model")
-    )
+def peak(way: str, steps: int, spec: ModelSpec) -> int:
+    model = spec.build(SHAPE, CLASSES, (0.5,) * 3, (0.25,) * 3, stream(0, "model"))
     goal = {k: torch.randn(1, *p.shape) for k, p in model.named_parameters()}
     step = unroll.Unrolled(model, goal, engine.cosine, Local("fedavg", 0.1, steps))
     step.way = lambda images: way
@@ -202,11 +200,20 @@ def peak(way: str, steps: int) -> int:
 
 
 def test_four_times_the_steps_take_hardly_more_memory():
-    few, many = ({way: peak(way, steps) for way in WAYS} for steps in (4, 16))
+    """Where activations are most of it."""
+    spec = ResNetSpec(depth=8, width=4)
+    few, many = ({way: peak(way, steps, spec) for way in WAYS} for steps in (4, 16))
     assert many["lanes"] < 1.5 * few["lanes"]
     assert many["stack"] < 1.5 * few["stack"]
     assert many["graph"] > 3 * few["graph"], "else this test could not fail"
     assert few["lanes"] < few["stack"] < 0.5 * few["graph"]
+
+
+@pytest.mark.parametrize("way", ["lanes", "stack"])
+def test_of_the_weights_a_square_root_of_the_steps_is_kept(way):
+    """Where weights are most of it: nine times the steps keep three times as many."""
+    four, many = (peak(way, steps, MLPSpec(hidden=(256,))) for steps in (4, 36))
+    assert many < 2.5 * four
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------
