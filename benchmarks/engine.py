@@ -4,6 +4,7 @@
     python benchmarks/engine.py --models lenet --seconds 1   a look in seconds
     python benchmarks/engine.py --device cuda                64 and 256 lanes as well
     python benchmarks/engine.py --overhead                   what counting and clocks add to a run
+    python benchmarks/engine.py --profile                    where the time goes (profile.txt)
 
 Columns, for one lane: `plain`, milliseconds of one forward and backward pass; then as multiples of
 it, the median over turns that they take with it: `twin`, an eager double backward; `autograd`, the
@@ -40,10 +41,11 @@ MODELS = {
     "resnet18": models.ResNet18Spec(),
 }
 SHAPE, CLASSES, LEAST = (3, 32, 32), 10, 3  # turns, at least
+Step = Callable[[], object]
 
 
 def median_ratios(
-    steps: dict[str, Callable[[], object]], lanes: dict[str, int], seconds: float, cuda: bool
+    steps: dict[str, Step], lanes: dict[str, int], seconds: float, cuda: bool
 ) -> tuple[float, dict[str, float]]:
     """Seconds of "plain", and of each other step, for one lane, its median multiple of "plain"."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
@@ -64,9 +66,10 @@ def median_ratios(
     return statistics.median(taken["plain"]), ratios
 
 
-def row(name: str, mode: str, count: int, lanes: int, options: argparse.Namespace) -> str:
-    """One line of the table: a model in a mode, at a batch size, with so many restarts."""
-    device = torch.device(options.device)
+def ways(
+    name: str, mode: str, count: int, lanes: int, device: torch.device
+) -> tuple[float, dict[str, Step]]:
+    """GFLOP of a double backward, and a plain pass and the step's ways on one problem."""
     spec, half = MODELS[name], (0.5,) * 3
     model = spec.build(SHAPE, CLASSES, half, half, stream(0, "model")).to(device)
     model.train(mode == "train").requires_grad_(False)
@@ -83,21 +86,29 @@ def row(name: str, mode: str, count: int, lanes: int, options: argparse.Namespac
     stack = engine._Lanes(seen, targets[None], search)
     z = stack.begin([stream(0, "attack")])
     active = torch.zeros(lanes, dtype=torch.long, device=device)
-    steps: dict[str, Callable[[], object]] = {
+    step = engine.recorded(stack.objective, device)
+    return stack.gflop_step, {
         "plain": lambda: gradients(model, x, targets, False),
         "twin": lambda: double_backward(model, x, targets, update),
         "autograd": lambda: stack.by_autograd(z, active),
-        "sweeps": lambda: stack.objective(z, active),
+        "sweeps": lambda: step(z, active),
+        "eager": lambda: stack.objective(z, active),
     }
+
+
+def row(name: str, mode: str, count: int, lanes: int, options: argparse.Namespace) -> str:
+    """One line of the table: a model in a mode, at a batch size, with so many restarts."""
+    device = torch.device(options.device)
+    double, steps = ways(name, mode, count, lanes, device)
+    did = cost.flops(steps.pop("eager")) / lanes
     each = {"plain": 1, "twin": 1, "autograd": lanes, "sweeps": lanes}
     with cost.Clock(device) as clock:
         steps["sweeps"]()
-    did = cost.flops(steps["sweeps"]) / lanes
     plain, ratio = median_ratios(steps, each, options.seconds, device.type == "cuda")
     memory = "-" if clock.peak_mb is None else f"{clock.peak_mb:.0f}"
     return (
         f"{name:9}{mode:6}{count:5}{lanes:6}{1e3 * plain:10.2f}{ratio['twin']:8.2f}"
-        f"{ratio['autograd']:10.2f}{ratio['sweeps']:8.2f}{stack.gflop_step:10.3f}{did:9.3f}"
+        f"{ratio['autograd']:10.2f}{ratio['sweeps']:8.2f}{double:10.3f}{did:9.3f}"
         f"{memory:>8}"
     )
 
@@ -113,6 +124,30 @@ def double_backward(model: nn.Module, x: Tensor, targets: Tensor, update: dict[s
     x = x.clone().requires_grad_()
     guess = gradients(model, x, targets, True)
     return torch.autograd.grad(engine.cosine(guess, {k: t[0] for k, t in update.items()}), x)
+
+
+def profile(name: str, lanes: int, steps: int = 10) -> str:
+    """Where a step's time goes on a CPU thread: operators by their own share, before and after."""
+    _, which = ways(name, "eval", 1, lanes, torch.device("cpu"))
+    parts = []
+    for title, way in (("before: autograd", "autograd"), ("after: sweeps", "eager")):
+        step = which[way]
+        step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            for _ in range(steps):
+                step()
+        found = sorted(seen.key_averages(), key=lambda o: -o.self_cpu_time_total)
+        total = sum(o.self_cpu_time_total for o in found)
+        calls = sum(o.count for o in found) / steps
+        parts.append(
+            f"{name}, batch 1, {lanes} lane{'s' * (lanes > 1)}, {title}: "
+            f"{total / steps / 1e3:.1f} ms a step, {calls:.0f} operator calls"
+        )
+        parts += [
+            f"    {o.self_cpu_time_total / total:6.1%} {o.count / steps:8.0f} x {o.key}"
+            for o in found[:12]
+        ]
+    return "\n".join(parts)
 
 
 def overhead(steps: int = 600, turns: int = 30) -> str:
@@ -163,10 +198,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--mode", nargs="+", choices=["train", "eval"], default=["eval", "train"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each line of the table")
+    parser.add_argument("--profile", action="store_true", help="only where the time goes")
     parser.add_argument("--overhead", action="store_true", help="only what measuring a cost adds")
     options = parser.parse_args(arguments)
     if options.overhead:
         print(overhead())
+        return 0
+    if options.profile:
+        print(f"{__file__.rpartition('/')[2]} --profile   torch {torch.__version__}, one thread")
+        for name in options.models:
+            for some in options.lanes or (1, 8):
+                print(profile(name, some), flush=True)
         return 0
     gpu = options.device == "cuda"
     lanes = options.lanes or [1, 4, 16, *([64, 256] if gpu else [])]

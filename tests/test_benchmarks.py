@@ -11,13 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).parents[1] / "benchmarks" / "peers.py"
-spec = importlib.util.spec_from_file_location("peers", SOURCE)
-assert spec is not None
-assert spec.loader is not None
-peers = importlib.util.module_from_spec(spec)
-sys.modules["peers"] = peers
-spec.loader.exec_module(peers)
+
+def loaded(name):
+    source = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+peers, steps = loaded("peers"), loaded("engine")
 
 
 # ---- the peer's problem, restated ---------------------------------------------------------------
@@ -265,3 +271,22 @@ def test_bad_words_are_refused_in_one_line(words, said, capsys, monkeypatch, tmp
     monkeypatch.setattr(peers, "environment", no_environment)
     assert peers.main(["--models", "lenet", "--env", str(tmp_path), *words]) == 1
     assert capsys.readouterr().err.startswith(said)
+
+
+# ---- the engine's own table ---------------------------------------------------------------------
+
+
+def test_the_engines_table_and_profile_have_a_line_for_each_case(capsys):
+    small = ["--models", "lenet", "--device", "cpu", "--lanes", "1", "2"]
+    assert steps.main([*small, "--batch", "1", "--mode", "eval", "--seconds", "0"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    for line, lanes in zip(lines, ("1", "2"), strict=True):
+        assert line[:4] == ["lenet", "eval", "1", lanes]
+        assert all(float(cell) > 0 for cell in line[4:10])
+        swept, doubled = float(line[9]), float(line[8])
+        assert swept < doubled, "GFLOP: the sweeps do the same with less"
+    assert steps.main([*small, "--profile"]) == 0
+    said = capsys.readouterr().out
+    for lanes in ("1 lane", "2 lanes"):
+        for when in ("before: autograd", "after: sweeps"):
+            assert f"lenet, batch 1, {lanes}, {when}" in said
