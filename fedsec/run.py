@@ -158,7 +158,7 @@ def _announce(plan: Plan, console: Console) -> None:
     )
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' * (count > 1)}"
-    threads += " (by the model's size and the cores)" if values.threads == "auto" else ""
+    threads += " (auto)" if values.threads == "auto" else ""
     device = plan.device + (threads if plan.device == "cpu" else "")
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
 

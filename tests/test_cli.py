@@ -338,7 +338,7 @@ def line(err: str) -> str:
 
 REFUSED = [
     # unknown options, groups, keys and flags
-    ("attack=nope", r"attack: must be among dlg, idlg, inverting, linear.*, got nope"),
+    ("attack=nope", r"attack: must be among dlg, idlg, inverting, .*, linear, got nope"),
     ("defense=nope", r"defense: must be among dpsgd, .*, got nope"),
     ("threat=nope", r"threat: must be among eavesdropper, .*, got nope"),
     ("data=nope", r"data: must be among cifar10, .*, got nope"),
@@ -347,7 +347,7 @@ REFUSED = [
     ("defense=[prune,nope]", r"defense: must be among dpsgd, .*, got nope"),
     ("nope=dlg", r"nope: no such key, got dlg"),
     ("attack.nope=1", r"attack\.nope: no such key, got 1"),
-    ("+attack.nope=1", r"attack\.nope: no such key; there are: steps, lr, tv, .*, got 1"),
+    ("+attack.nope=1", r"attack\.nope: no such key; there are: rule, steps, lr, tv, .*, got 1"),
     ("+nope=1", r"nope: no such key; there are: images, .*, got 1"),
     ("--nope", r"command line: must be key=value, or among -m, .*, got --nope"),
     ("-x", r"command line: .*, got -x"),

@@ -127,7 +127,7 @@ def test_no_more_cores_are_taken_than_the_machine_or_the_caller_gives(monkeypatc
         assert experiment._cores() == cores
 
 
-@pytest.mark.parametrize(("threads", "said"), [("auto", "1 thread (by the"), (2, "2 threads\n")])
+@pytest.mark.parametrize(("threads", "said"), [("auto", "1 thread (auto)"), (2, "2 threads\n")])
 def test_the_choice_of_threads_is_said_and_recorded(tmp_path, capsys, monkeypatch, threads, said):
     words = tiny.words(tmp_path, f"threads={threads}")
     try:
