@@ -150,7 +150,7 @@ def profile(name: str, lanes: int, steps: int = 10) -> str:
     return "\n".join(parts)
 
 
-def overhead(steps: int = 600, turns: int = 30) -> str:
+def overhead(lanes: int, steps: int = 300, turns: int = 20) -> str:
     """A search on lenet with its cost measured, over the same without: CPU seconds, medians."""
     half, local = (0.5,) * 3, Local(kind="gradient", lr=1.0)
     model = models.LeNetSpec().build(SHAPE, CLASSES, half, half, stream(0, "model"))
@@ -159,7 +159,8 @@ def overhead(steps: int = 600, turns: int = 30) -> str:
     model.requires_grad_(False)
     seen = Observation("benchmark", {"model": model, "count": 1, "shape": SHAPE,
         "update": Update({k: t.detach()[None] for k, t in update.items()}, {}, 1)})  # fmt: skip
-    search = engine.Search(distance=engine.cosine, rule=engine.Adam(lr=0.1), steps=steps)
+    rule = engine.Adam(lr=0.1)
+    search = engine.Search(distance=engine.cosine, rule=rule, steps=steps, restarts=lanes)
 
     def attack() -> None:
         rngs = [stream(0, "attack")]
@@ -186,7 +187,8 @@ def overhead(steps: int = 600, turns: int = 30) -> str:
     ratios = [m / b for m, b in zip(*seconds.values(), strict=True)]
     middle, ratio = (statistics.median(each) for each in (seconds["bare"], ratios))
     span = f"{min(ratios):.3f} to {max(ratios):.3f} in {turns} turns"
-    return f"lenet, {steps} steps, {middle:.2f} s: {ratio:.4f} times as long measured ({span})"
+    size = f"lenet, {lanes} lane{'s' * (lanes > 1)}, {steps} steps, {middle:.2f} s"
+    return f"{size}: {ratio:.4f} times as long measured ({span})"
 
 
 def main(arguments: list[str]) -> int:
@@ -202,7 +204,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--overhead", action="store_true", help="only what measuring a cost adds")
     options = parser.parse_args(arguments)
     if options.overhead:
-        print(overhead())
+        for some in options.lanes or (1, 8):
+            print(overhead(some), flush=True)
         return 0
     if options.profile:
         print(f"{__file__.rpartition('/')[2]} --profile   torch {torch.__version__}, one thread")

@@ -22,8 +22,8 @@ from fedsec.types import Local, Update
 GRADIENT = Local(kind="gradient", lr=1.0)
 CIFAR = Path(os.environ.get("FEDSEC_DATA", "nowhere")) / "cifar10.npz"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-# the paper's own steps
-SIGNED = {"rule": "signed", "lr": 0.1, "restarts": 1, "patience": 0, "halving": False}
+REST = {"restarts": 1, "patience": 0, "halving": False}
+SIGNED = {"rule": "signed", "lr": 0.1, **REST}  # the paper's own steps
 needs_cifar = pytest.mark.skipif(
     not CIFAR.exists(), reason="FEDSEC_DATA does not name a folder with cifar10.npz"
 )
@@ -141,6 +141,23 @@ def test_inverting_on_cifar_with_more_smoothness():
     seen = observed(lenet(), images, targets)
     found = Inverting(**SIGNED, steps=1000, tv=1e-2)(seen, rngs(10), nothing)
     assert metrics.psnr(found.images[:, 0], images[:, 0]).mean() >= 19
+
+
+@needs_cifar
+@pytest.mark.slow
+def test_spectral_steps_get_further_on_cifar_in_a_third_of_the_steps():
+    """300 spectral steps against 1,000 signed ones: 2 dB more, at about the same objective."""
+    images, targets = cifar()
+    seen = observed(lenet(), images, targets)
+    psnr, loss = {}, {}
+    for rule, steps, lr in (("signed", 1000, 0.1), ("spectral", 300, 0.5)):
+        attack = Inverting(rule=rule, steps=steps, lr=lr, tv=3e-3, **REST)
+        found = attack(seen, rngs(10), nothing)
+        psnr[rule] = metrics.psnr(found.images[:, 0], images[:, 0]).mean()
+        loss[rule] = found.loss.mean()
+    print(psnr, loss)
+    assert psnr["spectral"] >= psnr["signed"] + 2
+    assert loss["spectral"] < 1.1 * loss["signed"]
 
 
 @needs_cifar
