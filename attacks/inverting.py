@@ -45,7 +45,11 @@ class Inverting(Attack):
 
     @property
     def evaluations(self):
-        return self.steps * self.restarts
+        if not self.halving or self.restarts == 1:
+            return self.steps * self.restarts
+        left = [max(1, -(-self.restarts // 2**n)) for n in range(4)]
+        eighths = sum(n * share for n, share in zip(left, (1, 1, 2, 4), strict=True))
+        return math.ceil(self.steps * eighths / 8)
 
     def __call__(self, seen, rngs, progress):
         spectral = self.rule == "spectral"

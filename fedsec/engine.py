@@ -276,7 +276,7 @@ class Search:
     boxed: bool = False  # keep pixels in the data range after every step
     enough: float = 0.0  # an objective at or below this ends the lane
     patience: int = 0  # steps without a fall of the objective that end the lane; 0: none do
-    halving: bool = False  # after 1/8, 1/4 and 1/2 of the steps only a victim's better lanes go on
+    halving: bool = False  # at looks after 1/8, 1/4, 1/2 of the steps a victim's better lanes go on
     direction: bool = False  # only the update's direction counts: its length is made one first
 
 
@@ -344,7 +344,9 @@ def match(
         if (step + 1) % EVERY == 0:
             progress(step + 1, search.steps, float(best[best.isfinite()].mean()))
             if search.halving:
-                done = done | _worse(best, search, step + 1)[active]
+                going = torch.full_like(best, torch.inf)
+                going[active] = torch.where(done, torch.inf, best[active])
+                done = done | _worse(going, search, step + 1)[active]
             if bool(done.any()):
                 moves[active[done].cpu()] = looks[active[done].cpu()] = step + 1
                 keep = ~done
@@ -376,9 +378,8 @@ def recorded(objective: Objective, device: torch.device) -> Objective:
 class Recorded:
     """An objective that is recorded once for each set of lanes, and replayed as a whole.
 
-    To launch the thousand kernels of a step one by one takes a GPU longer than to run them. What a
-    call returns, the next one overwrites. Where recording fails, `trouble` has the reason, and the
-    objective is called as it is.
+    To launch the thousand kernels of a step one by one takes a GPU longer than to run them. Where
+    recording fails, `trouble` has the reason, and the objective is called as it is.
     """
 
     def __init__(self, objective: Objective, record: Callable[[Callable], Replay]):
@@ -398,7 +399,8 @@ class Recorded:
             return self.objective(x, active)
         self.x.copy_(x)
         self.replay()
-        return self.out
+        loss, gradient = self.out
+        return loss.clone(), gradient.clone()  # the next replay overwrites them
 
 
 def cuda_graph(fn: Callable[[], tuple[Tensor, Tensor]]) -> Replay:
@@ -421,7 +423,10 @@ _RULE = "rule."  # before the names of what the step rule remembers
 
 
 def _worse(best: Tensor, search: Search, step: int) -> Tensor:
-    """Lanes that successive halving ends after `step` steps: of each victim's the worse ones."""
+    """Lanes that successive halving ends after `step` steps: of each victim's the worse ones.
+
+    `best` is infinite for lanes that have ended, so that they are nobody's better half.
+    """
     halvings = sum(step * part >= search.steps for part in (8, 4, 2))
     left = max(1, -(-search.restarts // 2**halvings))
     rank = best.reshape(-1, search.restarts).argsort(dim=1, stable=True).argsort(dim=1)

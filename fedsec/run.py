@@ -110,7 +110,8 @@ def _run(cfg: DictConfig) -> int:
     grants = sorted(map(str, cfg.threat.get("grants", [])))
     console.banner(names, names["threat"], grants)
 
-    if cfg.threads != "auto":
+    several = str(chosen.mode) == "RunMode.MULTIRUN"
+    if cfg.threads != "auto" and not several:  # the next cell's choice would read it
         os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
@@ -122,7 +123,6 @@ def _run(cfg: DictConfig) -> int:
     presets = config.presets("threat", list(dict.fromkeys([CONFIGS, *extra])))
     today = date.today().isoformat()
     name = names["attack"], names["defense"]
-    several = str(chosen.mode) == "RunMode.MULTIRUN"
 
     def free() -> Path:
         return records.default_folder("outputs", *name, int(cfg.seed), today)

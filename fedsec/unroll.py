@@ -45,6 +45,7 @@ class Unrolled:
     def __init__(self, model: nn.Module, observed: Tensors, distance: Distance, local: Local):
         self.observed = {k: o.detach() for k, o in observed.items()}
         self.distance, self.local = distance, local
+        self.victims, self.rows = list[int](), torch.empty(0)  # the last call's lanes
         self.alone, self.stacked, self.joined = _Alone(model), _Stacked(model), _Joined(model)
         self.size: tuple[float, float] | None = None
 
@@ -67,8 +68,9 @@ class Unrolled:
             ]
             loss, of_images, of_targets = (torch.stack(each) for each in zip(*lanes, strict=True))
             return loss, of_images, of_targets
-        rows = torch.tensor(victims, device=images.device)
-        observed = {k: o[rows] for k, o in self.observed.items()}
+        if victims != self.victims:  # a copy to the device, which a CUDA graph cannot hold
+            self.victims, self.rows = victims, torch.tensor(victims, device=images.device)
+        observed = {k: o[self.rows] for k, o in self.observed.items()}
         if way == "stack":
             slopes = vmap(grad_and_value(self.distance), randomness="error")
             return self._matched(self.stacked, images, targets, observed, slopes)

@@ -486,6 +486,25 @@ def test_which_lanes_halving_ends_follows_their_best_objective():
     assert left(20) == left(79) == [1, 7]
 
 
+def test_a_lane_that_has_ended_is_nobodys_better_half(monkeypatch):
+    """The first of two restarts leads until it breaks; the other one goes on to the end."""
+    model, batch = built("lenet"), private(1)
+    seen, targets = observed(model, [batch]), batch.targets[None]
+    whole, calls = engine._Lanes.objective, []
+
+    def breaks(lanes, x, active):
+        loss, gradient = whole(lanes, x, active)
+        calls.append(active)
+        first = (active == 0) & (len(calls) <= 10)
+        loss = torch.where(first, 0.0, loss + 0.01)
+        return torch.where((active == 0) & (len(calls) > 10), torch.nan, loss), gradient
+
+    monkeypatch.setattr(engine._Lanes, "objective", breaks)
+    search = signed(200, restarts=2, halving=True, enough=-1.0)
+    found = engine.match(seen, targets, search, rngs(1), nothing)
+    assert found.steps.tolist() == [25 + 200]
+
+
 @pytest.mark.parametrize(("patience", "steps"), [(0, 200), (30, 50), (60, 75)])
 def test_a_lane_that_stands_still_ends_after_its_patience(patience, steps):
     model, batch = built("mlp"), private(1)
@@ -549,6 +568,20 @@ def played(fn):
             old.copy_(new)
 
     return replay, out
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_recorded_steps_leave_a_rule_what_it_remembers(monkeypatch, known):
+    """L-BFGS holds on to the last gradient, which a replay writes to."""
+    model, batches = built("lenet"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches]) if known else None
+    seen = observed(model, batches)
+    search = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=40)
+    plain = engine.match(seen, targets, search, rngs(2), nothing)
+    monkeypatch.setattr(engine, "recorded", lambda fn, device: engine.Recorded(fn, played))
+    again = engine.match(seen, targets, search, rngs(2), nothing)
+    assert torch.equal(plain.images, again.images)
+    assert torch.equal(plain.loss, again.loss)
 
 
 @pytest.mark.parametrize("spectrum", [None, 1.0])
