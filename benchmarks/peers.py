@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import io
 import os
 import pickle
@@ -68,6 +69,7 @@ MODELS = {
 GRANTS = ("model", "update", "count", "shape", "mode", "data_range", "labels")
 CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}  # of the module time
 STEPS = 75  # of a step timing: 50 of fedsec's are between two marks, 74 of the peer's
+TURNS = 3  # of timing the run that reaches the peer's quality
 TUNING = 4  # images of the training split on which weights and step lengths are chosen
 APART = 53  # between two of them: neighbours look alike
 LENGTHS = (0.5, 1.0, 2.0)  # multiples of the configured step length that are tried
@@ -165,13 +167,14 @@ class Peer:
         self.process.wait()
 
 
-def environment(folder: Path) -> Path:
+def environment(parent: Path) -> Path:
     """The interpreter of the peer's environment, made unless it is there; what is done is said."""
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    made = folder / "made.txt"
     wanted = "\n".join([BREACHING, platform.python_version(), *packages])
-    if made.exists() and made.read_text() == wanted:
+    folder = parent / hashlib.sha256(wanted.encode()).hexdigest()[:8]  # each checkout has its own
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    made = folder / "made.txt"
+    if made.exists():
         print(f"peer         {BREACHING} in {folder}")
         return python
     print(f"peer         installs {BREACHING} into {folder}, which borrows from {sys.prefix}")
@@ -297,7 +300,7 @@ def step_lr(steps: int) -> engine.Schedule:
     return lambda step: 0.1 ** sum(step >= steps // part for part in (2.667, 1.6, 1.142))
 
 
-def as_the_peer(steps: int, tuned: Tuned, restarts: int = 1) -> Attack:
+def as_the_peer(steps: int, tuned: Tuned) -> Attack:
     """The peer's invertinggradients on fedsec's engine."""
     search = engine.Search(
         distance=engine.cosine,
@@ -305,7 +308,6 @@ def as_the_peer(steps: int, tuned: Tuned, restarts: int = 1) -> Attack:
         rule=engine.Adam(lr=tuned.lr, signed=True),
         schedule=step_lr(steps),
         steps=steps,
-        restarts=restarts,
         boxed=True,
     )
     return lambda seen, rngs, progress: engine.match(seen, seen.labels, search, rngs, progress)
@@ -337,13 +339,13 @@ def per_step(outcome: Outcome, steps: int) -> float:
 def race(
     peer: Peer | None, case: Case, tuned: Tuned, args: argparse.Namespace
 ) -> list[list[float]]:
-    """Seconds a lane-step: the peer's, fedsec's with one lane, and with several, in turns.
+    """Seconds a lane-step: the peer's, fedsec's with one victim, and with several, in turns.
 
     All are warmed up first; fedsec's first calls, compilation included, are printed.
     """
 
     def pace(lanes: int) -> float:
-        outcome = by_fedsec(case, as_the_peer(STEPS, tuned, lanes), [0], 1)
+        outcome = by_fedsec(case, as_the_peer(STEPS, tuned), range(lanes), lanes)
         return per_step(outcome, STEPS) / lanes
 
     begun = time.perf_counter()
@@ -381,18 +383,24 @@ def fewest(reaches: Callable[[int], bool], most: int) -> int | None:
 
 def to_quality(
     case: Case, recipe: Callable[[int], Attack], goal: float, most: int, lanes: int
-) -> tuple[int, float] | None:
-    """Fewest steps that reach a mean PSNR of `goal` dB, and their seconds an image.
+) -> tuple[int, list[float]] | None:
+    """Fewest steps that reach a mean PSNR of `goal` dB, and their seconds an image, `TURNS` times.
 
-    The steps are found on passes that are not measured; then one run is timed.
+    The steps are found on passes that are not measured.
     """
     rows = range(len(case.images))
 
     def run(steps: int) -> Outcome:
         return by_fedsec(case, recipe(steps), rows, lanes)
 
-    steps = fewest(lambda n: run(n).psnr(case.images) >= goal - ROUNDING, most)
-    return None if steps is None else (steps, run(steps).seconds / len(rows))
+    def reaches(steps: int) -> bool:
+        quality = run(steps).psnr(case.images)
+        print(f"             fedsec: {steps} steps {quality:.1f} dB")
+        return quality >= goal - ROUNDING
+
+    steps = fewest(reaches, most)
+    return None if steps is None else (steps, [run(steps).seconds / len(rows)
+                                               for _ in range(TURNS)])  # fmt: skip
 
 
 def peer_runs(peer: Peer, case: Case, tuned: Tuned, steps: int) -> tuple[float, float]:
@@ -403,14 +411,15 @@ def peer_runs(peer: Peer, case: Case, tuned: Tuned, steps: int) -> tuple[float, 
         outcome = by_peer(peer, case, steps, tuned, case.start(row))
         seconds.append(outcome.seconds)
         quality.append(outcome.psnr(case.images[row, None]))
+        print(f"             peer: image {row} {quality[-1]:.1f} dB in {seconds[-1]:.1f} s")
     return statistics.mean(seconds), statistics.mean(quality)
 
 
 # ---- what is compared ---------------------------------------------------------------------------
 
 
-def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case]:
-    """The compared images, of the test split, and those that a weight is chosen on."""
+def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case, Case]:
+    """Test images whose steps are timed, those compared, and training images to choose on."""
     kind, _, path = args.data.partition(":")
     require(kind in ("photos", "npz"), "data", "must be photos or npz:PATH", args.data)
     images = (Photos() if kind == "photos" else Npz(path=path)).load()
@@ -430,7 +439,8 @@ def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case]:
             updates.append({k: g.detach() for k, g in gradient.items()})
         return Case(model, batch.images, batch.targets, updates, getattr(time, CLOCKS[args.clock]))
 
-    return of(images.test, args.images, APART), of(images.train, TUNING, APART)
+    timed, compared = (of(images.test, count, APART) for count in (args.lanes, args.images))
+    return timed, compared, of(images.train, TUNING, APART)
 
 
 def tune(
@@ -479,15 +489,15 @@ HEAD = (
 
 def measure(name: str, peer: Peer | None, args: argparse.Namespace) -> list[str]:
     """One line of the table. Without a peer, what is compared with it is missing."""
-    case, tuning = cases(args, name)
+    timed, case, tuning = cases(args, name)
     theirs = Tuned(args.tv[0])
     if peer is not None:
-        case.introduce(peer, 0)
-        gap = difference(peer, case, theirs)
+        timed.introduce(peer, 0)
+        gap = difference(peer, timed, theirs)
         print(f"{name:12} objectives differ by {gap:.1e} at the same images")
         if not gap <= ALIKE:
             raise PeerFailed(f"refused: the objectives differ by {gap:.1e} at the same images")
-    peers, single, several = race(peer, case, theirs, args)
+    peers, single, several = race(peer, timed, theirs, args)
     cells = [name, _ms(peers), _ms(single), _ratios(peers, single)]
     cells += [_ms(several), _ratios(peers, several)]
     if args.images == 0:
@@ -509,7 +519,9 @@ def measure(name: str, peer: Peer | None, args: argparse.Namespace) -> list[str]
         if reached is None:
             cells += [f"not in {args.steps} steps", ""]
         else:
-            cells += [f"{reached[1]:.3f} ({reached[0]})", f"{seconds / reached[1]:.1f}"]
+            steps, each = reached
+            cells += [f"{statistics.median(each):.3f} ({steps})"]
+            cells += [_ratios([seconds] * len(each), each)]
     full = by_fedsec(case, recipe(ours, args.steps), rows, args.lanes)
     return [*cells, f"{full.seconds / args.images:.2f}", f"{full.psnr(case.images):.1f}"]
 

@@ -178,8 +178,8 @@ def test_a_comparison_with_an_equal_peer(tmp_path, capsys, monkeypatch, short):
 
 def test_the_tuning_images_are_not_compared(tmp_path):
     words = ["--data", f"npz:{tiny.npz(tmp_path)}", "--device", "cpu", "--images", "3"]
-    compared, tuning = peers.cases(peers.arguments().parse_args(words), "lenet")
-    assert len(compared.images) == 3
+    timed, compared, tuning = peers.cases(peers.arguments().parse_args(words), "lenet")
+    assert (len(timed.images), len(compared.images)) == (8, 3)
     assert len(tuning.images) == peers.TUNING
     apart = (compared.images[:, None] - tuning.images).abs().flatten(2).amax(-1)
     assert apart.min() > 0
@@ -236,6 +236,8 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     def call(*words):
         calls.append(words)
         (tmp_path / "site").mkdir(exist_ok=True)
+        if "venv" in words:
+            Path(words[-1]).mkdir()
         return f"{tmp_path / 'site'}\n"
 
     monkeypatch.setattr(peers, "_call", call)
@@ -246,9 +248,11 @@ def test_an_environment_is_made_once(tmp_path, monkeypatch):
     assert len(calls) == made
     borrowed = (tmp_path / "site/borrowed.pth").read_text().splitlines()
     assert any((Path(path) / "torch").is_dir() for path in borrowed)
-    (tmp_path / "made.txt").write_text("for another interpreter")
-    peers.environment(tmp_path)
+    monkeypatch.setattr(peers, "BREACHING", "breaching==0.1.3")
+    assert peers.environment(tmp_path) != python, "another checkout's may be in use"
     assert len(calls) == 2 * made
+    monkeypatch.undo()
+    assert peers.environment(tmp_path) == python, "and is not made again"
 
 
 @pytest.mark.parametrize(
