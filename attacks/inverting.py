@@ -44,6 +44,10 @@ class Inverting(Attack):
         require(self.patience >= 0, "patience", "must be at least 0", self.patience)
 
     @property
+    def lanes(self):
+        return self.restarts
+
+    @property
     def evaluations(self):
         if not self.halving or self.restarts == 1:
             return self.steps * self.restarts

@@ -51,6 +51,11 @@ class Attack:
         """Gradient evaluations for one victim, for the plan; 0 for an analytic attack."""
         return 0
 
+    @property
+    def lanes(self) -> int:
+        """Of one victim, worked on at the same time: its restarts."""
+        return 1
+
     def __call__(
         self, seen: Observation, rngs: Sequence[torch.Generator], progress: Progress | Told
     ) -> Reconstruction:

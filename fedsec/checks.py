@@ -1,5 +1,7 @@
 """Refusing what cannot work, before anything is computed: one line with key, rule and value."""
 
+from pathlib import Path
+
 _ABSENT = object()
 
 
@@ -19,3 +21,11 @@ def require(holds: bool, key: str, rule: str, got: object = _ABSENT) -> None:
     """Refuse with `key: rule, got value` unless `holds`."""
     if not holds:
         raise Refused(key, rule, got)
+
+
+def home_read(key: str, path: str) -> Path:
+    """`path` with ~ read as a home folder; refused under `key` where nobody has that one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise Refused(key, "must be in a home folder that exists", path) from None

@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException, ValidationError
+from yaml import YAMLError
 
 from fedsec.checks import Refused, require
 
@@ -107,7 +108,10 @@ def presets(group: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def difference(one: str, other: str) -> str:
-    """The first key in which two configurations, as YAML, differ; `out` aside. Else nothing."""
+    """The first key in which two configurations, as YAML, differ; `out` aside. Else nothing.
+
+    Refuses what is no YAML.
+    """
 
     def flat(node: object, key: str) -> dict[str, object]:
         if not isinstance(node, dict) or not node:
@@ -117,7 +121,10 @@ def difference(one: str, other: str) -> str:
 
     if one == other:
         return ""
-    a, b = (flat(OmegaConf.to_container(OmegaConf.create(text)), "") for text in (one, other))
+    try:
+        a, b = (flat(OmegaConf.to_container(OmegaConf.create(text)), "") for text in (one, other))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise Refused("config.yaml", "must be YAML", " ".join(str(error).split())) from None
     differing = (k for k in [*b, *a] if k != "out" and repr(a.get(k, ...)) != repr(b.get(k, ...)))
     return next(differing, "")
 
@@ -153,6 +160,9 @@ def _typed(cls: type, node: DictConfig, group: str):
     for key in given:
         known = ", ".join(fields) or "none"
         require(key in fields, f"{prefix}{key}", f"no such key; there are: {known}", given[key])
+        number = isinstance(given[key], (int, float)) and not isinstance(given[key], bool)
+        truth = fields[str(key)].type in (bool, "bool")  # OmegaConf takes 2 for true
+        require(not (truth and number), f"{prefix}{key}", "must be true or false", given[key])
     try:
         checked = OmegaConf.merge(OmegaConf.structured(cls), given)
         plain = OmegaConf.to_container(checked, resolve=True, throw_on_missing=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedsec.checks import Refused, require
+from fedsec.checks import Refused, home_read, require
 from fedsec.rng import stream
 from fedsec.types import Batch
 
@@ -220,7 +220,7 @@ class Torchvision:
 
         reader, argument = _READERS[self.dataset]
         which = train if argument == "train" else ("train" if train else "test")
-        root = Path(self.root).expanduser()
+        root = home_read("data.root", self.root)
         try:
             if self.download:
                 root.mkdir(parents=True, exist_ok=True)
@@ -363,7 +363,7 @@ def _visible(folder: Path) -> list[Path]:
 
 def _existing(path: str | None, what: str, holds: Callable[[Path], bool]) -> Path:
     require(path is not None, "data.path", f"has to be given: {what}", "null")
-    found = Path(str(path)).expanduser()
+    found = home_read("data.path", str(path))
     require(holds(found), "data.path", f"must be {what} that exists", path)
     return found
 

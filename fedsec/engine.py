@@ -270,13 +270,11 @@ class Search:
     priors: tuple[tuple[float, Prior], ...] = ()
     restarts: int = 1
     spread: float = 1.0  # standard deviation of the pixels of a start
-    spectrum: float | None = (
-        None  # steps in coordinates of a `Spectrum` of this power; None: pixels
-    )
+    spectrum: float | None = None  # power of the `Spectrum` that steps are taken in; None: pixels
     boxed: bool = False  # keep pixels in the data range after every step
     enough: float = 0.0  # an objective at or below this ends the lane
     patience: int = 0  # steps without a fall of the objective that end the lane; 0: none do
-    halving: bool = False  # at looks after 1/8, 1/4, 1/2 of the steps a victim's better lanes go on
+    halving: bool = False  # after 1/8, 1/4 and 1/2 of the steps a victim's better lanes go on
     direction: bool = False  # only the update's direction counts: its length is made one first
 
 
@@ -320,6 +318,7 @@ def match(
         kept = dict(zip(_KEPT, values, strict=True)) | {_RULE + k: t for k, t in state.items()}
         place.save(kept | {"moves": moves, "looks": looks, "step": torch.tensor(step)}, over)
 
+    halvings = _halvings(search)
     objective = recorded(lanes.objective, x.device)
     for step in range(first, search.steps + 1):  # the last look evaluates, and does not move
         loss, gradient = objective(x, active)
@@ -341,12 +340,12 @@ def match(
         move, state, stuck = search.rule.step(slope, state, step, scale)
         done = done | stuck
         x = torch.where(done[:, None], x, lanes.boxed(x + lanes.outward(move)))
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % EVERY == 0 or step + 1 in halvings:
             progress(step + 1, search.steps, float(best[best.isfinite()].mean()))
-            if search.halving:
+            if step + 1 in halvings:
                 going = torch.full_like(best, torch.inf)
                 going[active] = torch.where(done, torch.inf, best[active])
-                done = done | _worse(going, search, step + 1)[active]
+                done = done | _worse(going, search.restarts, halvings[step + 1])[active]
             if bool(done.any()):
                 moves[active[done].cpu()] = looks[active[done].cpu()] = step + 1
                 keep = ~done
@@ -422,14 +421,21 @@ _KEPT = ("x", "active", "best", "best_x", "done", "lost", "mark", "fallen")
 _RULE = "rule."  # before the names of what the step rule remembers
 
 
-def _worse(best: Tensor, search: Search, step: int) -> Tensor:
-    """Lanes that successive halving ends after `step` steps: of each victim's the worse ones.
+def _halvings(search: Search) -> dict[int, int]:
+    """Of successive halving: steps done -> restarts of a victim that go on from there."""
+    if not search.halving:
+        return {}
+    return {
+        -(-search.steps // part): max(1, -(-search.restarts * part // 16)) for part in (8, 4, 2)
+    }
+
+
+def _worse(best: Tensor, restarts: int, left: int) -> Tensor:
+    """Lanes that are not among the `left` best restarts of their victim.
 
     `best` is infinite for lanes that have ended, so that they are nobody's better half.
     """
-    halvings = sum(step * part >= search.steps for part in (8, 4, 2))
-    left = max(1, -(-search.restarts // 2**halvings))
-    rank = best.reshape(-1, search.restarts).argsort(dim=1, stable=True).argsort(dim=1)
+    rank = best.reshape(-1, restarts).argsort(dim=1, stable=True).argsort(dim=1)
     return rank.flatten() >= left
 
 

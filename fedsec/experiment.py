@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import os
@@ -93,7 +92,8 @@ def plan(
 def perform(plan: Plan, console: Console) -> int:
     """Run the plan and write its folder; the exit status: 0 done, 2 failed, 130 interrupted."""
     folder = plan.folder
-    writer = records.reopen(folder) if plan.resumes else records.open_folder(folder, plan.config)
+    opened = records.reopen if plan.resumes else records.open_folder
+    writer = opened(folder, plan.config)
     state = resume.State(folder / records.STATE)
     run = _Run(plan, console, writer, state)
     status, code, why, full = "done", 0, "", False
@@ -101,7 +101,7 @@ def perform(plan: Plan, console: Console) -> int:
         closing.callback(writer.close)
         try:
             try:
-                state.open(_made(plan.settings.attack, plan.device, plan.settings.names))
+                state.open(_made(plan.device, plan.settings.names))
                 if plan.resumes:
                     console.line("resumes", state.said())
                 for name, defense in plan.defenses:
@@ -131,13 +131,12 @@ def perform(plan: Plan, console: Console) -> int:
     return code
 
 
-def _made(attack: Attack, device: str, names: dict[str, str]) -> dict[str, Any]:
+def _made(device: str, names: dict[str, str]) -> dict[str, Any]:
     """What has to be the same for a run to go on with what an earlier process kept."""
-    source = inspect.getsourcefile(type(attack))
     return {
         **records.versions(),
         "commit": records.commit(),
-        "code": resume.code(*([source] if source else [])),
+        "code": resume.code(),
         "device": _device_name(device, torch.get_num_threads()),
         **names,
     }
@@ -155,7 +154,14 @@ def _resumes(folder: Path, config: str) -> bool:
         records.check_folder(folder)
         return False
     there = (folder / records.CONFIG).read_text(encoding="utf-8", errors="surrogateescape")
-    other = difference(there, config)
+    if config.startswith(there):  # or the beginning of it: see `records.reopen`
+        return True
+    try:
+        other = difference(there, config)
+    except Refused:
+        raise Refused(
+            "out", "holds a config.yaml that is damaged; name a new folder", folder
+        ) from None
     rule = f"holds an unfinished run with another {other}; repeat its command, or name a new folder"
     require(not other, "out", rule, folder)
     return True
@@ -522,12 +528,12 @@ def _job(settings: Settings, device: str, probes: tuple, defense: Defense) -> Jo
 
 
 def _stack_gflop(settings: Settings, dataset: Dataset, model: nn.Module) -> float:
-    """GFLOP of one forward and backward pass of all victims that are attacked together."""
+    """GFLOP of one forward and backward pass of all lanes that are attacked together."""
     values, client = settings.values, settings.client
     attacked = client.batch if isinstance(values.victim_batch, str) else values.victim_batch
     few = torch.arange(min(2, len(dataset.train)))  # BatchNorm may refuse a single one
     batch = dataset.train.batch(few, dataset.classes)
-    images = min(values.stack * attacked, values.images)
+    images = min(values.stack * attacked, values.images) * settings.attack.lanes
     try:
         return cost.backprop_gflop(model, batch) / len(batch) * images
     except ValueError:  # it does: `_estimate` says so in the words of the settings

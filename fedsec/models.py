@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedsec.checks import Refused, require
+from fedsec.checks import Refused, home_read, require
 
 Shape = tuple[int, int, int]  # channels, height, width of an image
 
@@ -415,7 +415,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     A .safetensors file, or a PyTorch file that holds tensors only (no code is run), on its own or
     under "state_dict", with or without the prefix "module." of data-parallel training.
     """
-    found = _read_weights(Path(path).expanduser())
+    found = _read_weights(home_read("model.weights", path))
     wanted = model.state_dict()
     # old files have no count of batches; it matters only to BatchNorm without momentum
     fill = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}

@@ -236,10 +236,11 @@ def unfinished(path: Path) -> bool:
         return False
 
 
-def reopen(path: str | Path) -> Records:
+def reopen(path: str | Path, config: str = "") -> Records:
     """The folder of an unfinished run, to go on with it: what said how it ended is removed.
 
-    Refuses the folder of a run that still goes on, or is done meanwhile.
+    A config.yaml that holds only the beginning of `config`, as a process that was killed leaves it,
+    gets the rest. Refuses the folder of a run that still goes on, or is done meanwhile.
     """
     path = Path(path)
     writer = Records(path, _locked(path))
@@ -248,6 +249,10 @@ def reopen(path: str | Path) -> Records:
             raise Taken("out", "must be empty or new", path)
         for name in (RUN, TRACE):
             (path / name).unlink(missing_ok=True)
+        there, whole = (path / CONFIG).read_bytes(), config.encode(errors="surrogateescape")
+        if whole.startswith(there):  # in place: the lock is on this very file
+            with open(path / CONFIG, "ab", buffering=0) as file:
+                _write(file, whole[len(there) :])
     except BaseException as error:
         writer.close()
         if isinstance(error, OSError):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
+import sysconfig
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -61,13 +63,23 @@ def _checksum(text: str, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def code(*more: str) -> str:
-    """A digest of the sources of fedsec, attacks and defenses, and of the files `more`."""
+def code() -> str:
+    """A digest of the sources of fedsec, attacks and defenses, and of what else was imported.
+
+    An attack of the user's own may import modules of theirs; what is installed has a version.
+    """
     root = Path(__file__).resolve().parent.parent
     parts = [root / name for name in ("fedsec", "attacks", "defenses")]
-    files = [p for part in parts for p in sorted(part.rglob("*.py"))]
+    files = {p for part in parts for p in part.rglob("*.py")}
+    libraries = ("stdlib", "platstdlib", "purelib", "platlib")
+    installed = {Path(sysconfig.get_path(name)).resolve() for name in libraries}
+    for module in list(sys.modules.values()):
+        found = getattr(module, "__file__", None)
+        path = Path(found or "").resolve()
+        if path.suffix == ".py" and path.is_file() and not installed & set(path.parents):
+            files.add(path)
     digest = hashlib.sha256()
-    for file in (*files, *map(Path, more)):
+    for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -34,7 +34,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedsec import records
-from fedsec.checks import Refused, require
+from fedsec.checks import Refused, home_read, require
 from fedsec.console import Console
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def _run(cfg: DictConfig) -> int:
     def free() -> Path:
         return records.default_folder("outputs", *name, int(cfg.seed), today)
 
-    folder = free() if cfg.out is None else Path(str(cfg.out)).expanduser()
+    folder = free() if cfg.out is None else home_read("out", str(cfg.out))
     if several:
         folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
     own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
@@ -207,7 +207,7 @@ def prepared(words: list[str]) -> list[str]:
     if sweeps:
         given = _folder(words) or str(_fresh(Path("outputs") / date.today().isoformat()))
         out += [] if _folder(words) else [f"out={given}"]
-        out += [f"hydra.sweep.dir={_quoted(str(Path(given).expanduser()), False)}"]
+        out += [f"hydra.sweep.dir={_quoted(str(home_read('out', given)), False)}"]
     return out + options
 
 
@@ -262,7 +262,7 @@ def _quoted(path: str, sweeps: bool) -> str:
             return path
     except HydraException:
         pass
-    if sweeps and "," in path and not Path(path).expanduser().exists():
+    if sweeps and "," in path and not os.path.exists(os.path.expanduser(path)):
         return ",".join(_quoted(part, False) for part in path.split(","))
     # a backslash is one to Hydra except before a quote
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), path)

@@ -377,6 +377,8 @@ REFUSED = [
     ("victim_batch=some", r"victim_batch: must be a number or same, got some"),
     # out of range
     ("attack.steps=0", r"attack\.steps: must be at least 1, got 0"),
+    ("attack.halving=2", r"attack\.halving: must be true or false, got 2"),
+    ("data.path=~nosuch/x", r"data\.path: must be in a home folder that exists, got ~nosuch/x"),
     ("attack.lr=nan", r"attack\.lr: must be .*, got nan"),
     ("attack.lr=inf", r"attack\.lr: must be .* finite, got inf"),
     ("attack.tv=inf", r"attack\.tv: must .* finite, got inf"),

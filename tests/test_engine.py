@@ -252,16 +252,17 @@ class Overshooting(engine.Adam):
 def test_the_best_iterate_is_returned_not_the_last():
     model, batch = built("lenet"), private(1)
     seen, targets = observed(model, [batch]), batch.targets[None]
-    short = signed(5, boxed=False, priors=())
+    short = signed(5, boxed=False, priors=(), spread=0.1)
     best = engine.match(seen, targets, short, rngs(1), nothing)
     rule = Overshooting(lr=0.1, signed=True)
-    astray = signed(40, boxed=False, priors=(), rule=rule)
+    astray = signed(40, boxed=False, priors=(), rule=rule, spread=0.1)
     found = engine.match(seen, targets, astray, rngs(1), nothing)
     assert found.loss[0] <= best.loss[0]
     again = engine.simulate(model, found.images[0], batch.targets, GRADIENT)
     goal = {k: t[0] for k, t in seen.update.tensors.items()}
-    if found.images.min() > 0 and found.images.max() < 1:  # else clamping has moved it
-        torch.testing.assert_close(engine.cosine(again, goal), found.loss[0], rtol=1e-5, atol=1e-7)
+    assert found.images.min() > 0, "else clamping has moved it"
+    assert found.images.max() < 1
+    torch.testing.assert_close(engine.cosine(again, goal), found.loss[0], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("level", [0.0, 1.0])
@@ -476,14 +477,24 @@ def test_successive_halving_ends_the_worse_restarts_of_each_victim():
 
 def test_which_lanes_halving_ends_follows_their_best_objective():
     best = torch.tensor([0.4, 0.1, torch.inf, 0.2, 3.0, 2.0, 1.0, 0.0])
-    search = signed(80, restarts=4, halving=True)
 
-    def left(step):
-        return [i for i, worse in enumerate(engine._worse(best, search, step)) if not worse]
+    def go_on(left):
+        return [i for i, worse in enumerate(engine._worse(best, 4, left)) if not worse]
 
-    assert left(9) == list(range(8))
-    assert left(10) == [1, 3, 6, 7]
-    assert left(20) == left(79) == [1, 7]
+    assert go_on(4) == list(range(8))
+    assert go_on(2) == [1, 3, 6, 7]
+    assert go_on(1) == [1, 7]
+    assert engine._halvings(signed(80, restarts=4, halving=True)) == {10: 2, 20: 1, 40: 1}
+    assert engine._halvings(signed(12, restarts=5, halving=True)) == {2: 3, 3: 2, 6: 1}
+    assert engine._halvings(signed(80, restarts=4)) == {}
+
+
+def test_a_short_search_is_halved_on_time():
+    model, batch = built("lenet"), private(1)
+    seen = observed(model, [batch])
+    search = signed(16, restarts=4, halving=True)
+    found = engine.match(seen, batch.targets[None], search, rngs(1), nothing)
+    assert found.steps.tolist() == [2 + 2 + 4 + 16]
 
 
 def test_a_lane_that_has_ended_is_nobodys_better_half(monkeypatch):
@@ -518,6 +529,24 @@ def test_a_lane_that_still_falls_goes_on():
     seen, targets = observed(model, [batch]), batch.targets[None]
     falling = signed(100, patience=25, rule=engine.Adam(lr=0.05))
     assert engine.match(seen, targets, falling, rngs(1), nothing).steps.tolist() == [100]
+
+
+class FirstStill(engine.Adam):
+    """Moves all lanes but the first."""
+
+    def step(self, gradient, state, step, scale):
+        move, state, stuck = super().step(gradient, state, step, scale)
+        if len(move) == 2:  # the other one goes on alone
+            move[0] = 0.0
+        return move, state, stuck
+
+
+def test_patience_is_a_lanes_own():
+    model, batches = built("lenet"), [private(1, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    search = signed(100, patience=30, rule=FirstStill(lr=0.05))
+    found = engine.match(observed(model, batches), targets, search, rngs(2), nothing)
+    assert found.steps.tolist() == [50, 100]
 
 
 # ---- memory -------------------------------------------------------------------------------------

@@ -127,6 +127,16 @@ def test_no_more_cores_are_taken_than_the_machine_or_the_caller_gives(monkeypatc
         assert experiment._cores() == cores
 
 
+def test_restarts_count_in_the_size_of_a_stack(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiment, "_cores", lambda: 64)
+    asked = []
+    monkeypatch.setattr(experiment, "_threads", lambda gflop, cores: asked.append(gflop) or 1)
+    for restarts in (1, 6):
+        words = tiny.words(tmp_path, f"attack.restarts={restarts}", f"out=out-{restarts}")
+        assert tiny.call(monkeypatch, words) == 0
+    assert asked[1] == pytest.approx(6 * asked[0])
+
+
 @pytest.mark.parametrize(("threads", "said"), [("auto", "1 thread (auto)"), (2, "2 threads\n")])
 def test_the_choice_of_threads_is_said_and_recorded(tmp_path, capsys, monkeypatch, threads, said):
     words = tiny.words(tmp_path, f"threads={threads}")

@@ -1,5 +1,6 @@
 """A killed attack goes on where it was, to the same result; and what is said meanwhile."""
 
+import importlib
 import io
 import os
 import re
@@ -18,7 +19,6 @@ from test_engine import built, nothing, observed, private, rngs, signed
 from test_records import ROW
 
 from attacks.inverting import Inverting
-from attacks.linear import Linear
 from fedsec import console, cost, engine, experiment, records, resume
 from fedsec.attack import Progress
 from fedsec.config import difference
@@ -58,10 +58,19 @@ def kept(folder: Path, told=nothing, state: resume.State | None = None) -> resum
 # ---- one search ---------------------------------------------------------------------------------
 
 LBFGS = engine.LBFGS(history=3)
+
+
+def still_from(last: int) -> engine.Search:
+    """Lanes that stand still from a step on: after 9 more they are done."""
+    return signed(26, patience=9, priors=(), schedule=lambda step: float(step < last))
+
+
 CASES = {
     "adam": (signed(26, restarts=2, schedule=engine.decay(26)), True),
     "lbfgs": (engine.Search(distance=engine.squared, rule=LBFGS, steps=26), True),
     "halved": (signed(26, restarts=4, patience=9, halving=True, spectrum=1.5), True),
+    "still from 14": (still_from(14), True),  # done at 23, before the end
+    "still from 18": (still_from(18), True),  # not done before the end
     "labels": (engine.Search(distance=engine.squared, rule=LBFGS, steps=26), False),
     "retired": (
         engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=150, enough=1e-3),
@@ -102,17 +111,18 @@ def killed_after(looks: int, folder: Path, case: str, dtype=torch.float64) -> No
     + [(case, torch.float32) for case in CASES if case != "retired"],
 )
 def test_a_killed_search_ends_as_an_uninterrupted_one(tmp_path, case, dtype):
-    whole = engine.match(*problem(case, dtype), rngs(2), nothing)
+    all_heard = []
+    whole = engine.match(*problem(case, dtype), rngs(2), hearing(all_heard))
     looks = 20 if case == "retired" else 4
     killed_after(looks, tmp_path, case, dtype)
     (path,) = tmp_path.glob("0-0-*")
     tensors, about = resume.read(path)
-    assert about["at"] == [5 * looks, problem(case)[2].steps]
+    assert about["at"] == [all_heard[looks - 1], problem(case)[2].steps]
     if case in ("adam", "retired", "halved"):
         assert len(tensors["active"]) < len(tensors["best"]), "else no lane had retired"
     heard = []
     again = engine.match(*problem(case, dtype), rngs(2), kept(tmp_path, hearing(heard)))
-    assert heard[0] == 5 * (looks + 1), "it went on, and not from the start"
+    assert heard == all_heard[looks:], "it went on, and not from the start"
     assert equal(whole, again)
 
 
@@ -123,14 +133,18 @@ def test_one_that_is_killed_at_every_look_arrives_all_the_same(tmp_path):
     assert equal(whole, engine.match(*problem("adam"), rngs(2), kept(tmp_path)))
 
 
-@pytest.mark.parametrize("forgotten", ["rule.mean", "rule.square", "x", "best_x", "best"])
-def test_a_state_that_forgot_something_would_be_noticed(tmp_path, forgotten):
-    whole = engine.match(*problem("adam"), rngs(2), nothing)
-    killed_after(4, tmp_path, "adam")
+@pytest.mark.parametrize(
+    ("case", "forgotten", "value"),
+    [("adam", name, 0) for name in ("rule.mean", "rule.square", "x", "best_x", "best")]
+    + [("still from 14", "mark", 1e300), ("still from 18", "fallen", 0)],
+)
+def test_a_state_that_forgot_something_would_be_noticed(tmp_path, case, forgotten, value):
+    whole = engine.match(*problem(case), rngs(2), nothing)
+    killed_after(4, tmp_path, case)
     (path,) = tmp_path.glob("0-0-*")
     tensors, about = resume.read(path)
-    resume.write(path, tensors | {forgotten: torch.zeros_like(tensors[forgotten])}, about)
-    assert not equal(whole, engine.match(*problem("adam"), rngs(2), kept(tmp_path)))
+    resume.write(path, tensors | {forgotten: torch.full_like(tensors[forgotten], value)}, about)
+    assert not equal(whole, engine.match(*problem(case), rngs(2), kept(tmp_path)))
 
 
 def test_the_streams_of_a_resumed_search_are_where_they_would_be(tmp_path):
@@ -453,6 +467,29 @@ def test_other_settings_are_refused_in_one_line(go, tmp_path, monkeypatch):
     assert {p: p.read_bytes() for p in (tmp_path / "a").rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("length", [0, 40])
+def test_a_run_killed_while_its_config_was_written_goes_on(go, tmp_path, monkeypatch, length):
+    with monkeypatch.context() as patch:
+        dies(patch, 2, KeyboardInterrupt)
+        go("a")
+    config = tmp_path / "a/out/config.yaml"
+    whole = config.read_bytes()
+    config.write_bytes(whole[:length])
+    assert go("a")[0] == 0
+    assert config.read_bytes() == whole
+
+
+def test_a_damaged_config_is_refused_in_one_line(go, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies(patch, 2, KeyboardInterrupt)
+        go("a")
+    (tmp_path / "a/out/config.yaml").write_text("attack: [")
+    status, _, err = go("a")
+    assert (status, err) == (
+        1, "error: out: holds a config.yaml that is damaged; name a new folder, got out\n"
+    )  # fmt: skip
+
+
 def test_what_other_versions_kept_is_not_mixed_in(go, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         dies(patch, 5, KeyboardInterrupt)
@@ -470,27 +507,33 @@ def test_what_other_versions_kept_is_not_mixed_in(go, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("changed", ["nothing", "commit", "versions", "code", "threads", "name"])
 def test_what_a_state_was_made_with_tells_runs_apart(monkeypatch, changed):
-    attack = Linear()
     names = {"attack": "a"}
-    before = experiment._made(attack, "cpu", names)
+    before = experiment._made("cpu", names)
     other = {
         "commit": (records, "commit", lambda: "abcdef0"),
         "versions": (records, "versions", lambda: {"torch": "0.1"}),
-        "code": (resume, "code", lambda *_: "abcdef0"),
+        "code": (resume, "code", lambda: "abcdef0"),
         "threads": (torch, "get_num_threads", lambda: 7),
     }
     if changed in other:
         monkeypatch.setattr(*other[changed])
     names = {"attack": "b"} if changed == "name" else names
-    assert (experiment._made(attack, "cpu", names) == before) == (changed == "nothing")
+    assert (experiment._made("cpu", names) == before) == (changed == "nothing")
 
 
-def test_the_digest_of_the_code_reads_an_attack_from_elsewhere_too(tmp_path):
-    (tmp_path / "mine.py").write_text("a = 1")
-    before = resume.code(str(tmp_path / "mine.py"))
-    assert resume.code(str(tmp_path / "mine.py")) == before != resume.code()
-    (tmp_path / "mine.py").write_text("a = 2")
-    assert resume.code(str(tmp_path / "mine.py")) != before
+def test_the_digest_of_the_code_reads_what_an_attack_from_elsewhere_imports_too(
+    tmp_path, monkeypatch
+):
+    own, helper = tmp_path / "own_attack.py", tmp_path / "own_helper.py"
+    own.write_text("import own_helper")
+    helper.write_text("a = 1")
+    without = resume.code()
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("own_attack")
+    before = resume.code()
+    assert resume.code() == before != without
+    helper.write_text("a = 2")
+    assert resume.code() != before
 
 
 def test_other_data_under_the_same_name_is_attacked_anew(go, tmp_path, monkeypatch):
