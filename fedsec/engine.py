@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from fedsec import sweeps
 from fedsec.attack import Place, Progress, Told
-from fedsec.cost import flops
+from fedsec.cost import flops_once
 from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction, Tensors
 from fedsec.unroll import Distance, Unrolled
@@ -443,12 +443,9 @@ def _place(lanes: _Lanes, progress: Progress | Told, starts: Tensor) -> Place:
     """Where this search keeps how far it is, under all that decides its course."""
     if not isinstance(progress, Progress):
         return Place()
-    search, model, targets = lanes.search, lanes.model, lanes.targets
-    about = {f.name: _described(getattr(search, f.name)) for f in fields(search)}
-    about |= {"local": repr(lanes.local), "images": repr(lanes.image)}
-    about |= {"training": repr(model.training), "dtype": repr(lanes.dtype)}
+    targets, model = lanes.targets, lanes.model
     inputs = [starts, *lanes.observed.values(), *model.state_dict().values()]
-    return progress.place(repr(about), inputs if targets is None else [*inputs, targets])
+    return progress.place(lanes.said(), inputs if targets is None else [*inputs, targets])
 
 
 def _described(part: object) -> str:
@@ -500,7 +497,7 @@ class _Lanes:
             self.classes = self.model(probe).shape[1]
         self.swept = self._sweeps()
         self.unrolled = Unrolled(self.model, self.observed, search.distance, self.local)
-        self.said: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
+        self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
@@ -512,8 +509,14 @@ class _Lanes:
         ]
         x = torch.stack(rows).to(self.device, self.dtype)
         x[:, : self.pixels] *= self.search.spread
-        self.gflop_step = flops(lambda: self._plain_step(x[:1]))
+        self.gflop_step = flops_once(lambda: self._plain_step(x[:1]), self.model, self.said())
         return self.boxed(x)
+
+    def said(self) -> str:
+        """All that decides the search's course besides tensors."""
+        about = {f.name: _described(getattr(self.search, f.name)) for f in fields(self.search)}
+        about |= {"local": self.local, "images": self.image, "told": self.targets is not None}
+        return repr(about | {"training": self.model.training, "dtype": self.dtype})
 
     def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
         """Rows -> images in [0, 1] units."""
@@ -543,15 +546,15 @@ class _Lanes:
         by_hand = self.swept if self.one_gradient else self.unrolled
         if by_hand is None:
             return self.by_autograd(x, active)
-        if self.said[0] is not active:  # a list costs a synchronisation: one each time lanes retire
-            self.said = (active, (active // self.search.restarts).tolist())
+        if self.asked[0] is not active:  # a list costs a synchronisation: one when lanes retire
+            self.asked = (active, (active // self.search.restarts).tolist())
         pixels = self._normalised(x)
         if self.targets is None:
             targets = self._logits(x).softmax(-1)
         else:
             targets = self.targets[active // self.search.restarts]
         images = pixels * self.std + self.mean
-        loss, of_images, of_targets = by_hand(images, targets, self.said[1])
+        loss, of_images, of_targets = by_hand(images, targets, self.asked[1])
         gradient = of_images * self.std
         if self.search.priors:
             of_prior, prior = vmap(grad_and_value(self._prior))(pixels)

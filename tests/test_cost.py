@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from attacks.inverting import Inverting
 from fedsec import cost, engine
 from fedsec.attack import Attack, Place, Progress
-from fedsec.cost import Clock, backprop_gflop, flops
+from fedsec.cost import Clock, backprop_gflop, flops, flops_once
 from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ModelSpec, ResNet18Spec, ResNetSpec
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -152,6 +152,26 @@ def test_the_function_is_run_once():
     calls = []
     flops(lambda: calls.append(1))
     assert calls == [1]
+
+
+class Halved(torch.nn.Linear):
+    """Like its parent, but for its arithmetic."""
+
+    def forward(self, x):
+        return F.linear(x[:, :2], self.weight[:, :2])
+
+
+def test_a_count_is_kept_for_models_that_are_alike_in_all_that_matters(monkeypatch):
+    monkeypatch.setattr(cost, "_counted", {})
+    linear, conv = torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3)
+    strided, doubled = torch.nn.Conv2d(4, 4, 3, stride=2), torch.nn.Linear(4, 4).double()
+    calls = []
+    for model in (linear, torch.nn.Linear(4, 4), torch.nn.Linear(4, 5), Halved(4, 4), conv,
+                  strided, doubled, torch.nn.Linear(4, 4).eval(), linear):  # fmt: skip
+        assert flops_once(lambda model=model: calls.append(model), model, "a step") == 0
+    assert len(calls) == 7, "only the weights of the second, and the last, were other ones"
+    flops_once(lambda: calls.append(0), linear, "another step")
+    assert len(calls) == 8
 
 
 # ---- whole attacks ------------------------------------------------------------------------------
