@@ -19,8 +19,10 @@ from fedsec import metrics
 def match(guess: Float[Tensor, "g c h w"], truth: Float[Tensor, "b c h w"]) -> Int[Tensor, " b"]:
     """For each original the guess that it is held against; -1 where guesses are too few.
 
-    One to one, with the least total squared error (Kuhn-Munkres). Guesses with a pixel that is not
-    finite, or absurd, are taken last. On the CPU; ties fall the same way every time.
+    One to one, with the greatest total PSNR (Kuhn-Munkres), capped as the metric is: the least
+    squared error would give an exact guess away where that brings two bad ones a little nearer.
+    Guesses with a pixel that is not finite, or absurd, are taken last. On the CPU; ties fall the
+    same way every time.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -28,9 +30,12 @@ def match(guess: Float[Tensor, "g c h w"], truth: Float[Tensor, "b c h w"]) -> I
     # differences, not the faster expansion, which is blunt for near-exact images
     exact = "donot_use_mm_for_euclid_dist"
     x, y = truth.flatten(1).double().cpu(), guess.flatten(1).double().cpu()[sane]
-    error = torch.cdist(x, y, compute_mode=exact).square()
-    cost = torch.full((len(truth), len(guess)), 1 + error.sum().item(), dtype=torch.float64)
-    cost[:, sane] = error
+    error = torch.cdist(x, y, compute_mode=exact).square() / x.shape[1]
+    decibels = -10 * error.clamp_min(1e-30).log10()
+    loss = -decibels.clamp(max=metrics.CAP) - 1e-3 * decibels  # beyond the cap, the nearer one
+    worst = 1e3 + loss.max().item() if loss.numel() else 0.0
+    cost = torch.full((len(truth), len(guess)), worst, dtype=torch.float64)
+    cost[:, sane] = loss
     rows, columns = linear_sum_assignment(cost.numpy())
     matched = torch.full((len(truth),), -1)
     matched[torch.from_numpy(rows)] = torch.from_numpy(columns)

@@ -132,7 +132,7 @@ def test_restarts_count_in_the_size_of_a_stack(tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(experiment, "_threads", lambda gflop, cores: asked.append(gflop) or 1)
     for restarts in (1, 6):
-        words = tiny.words(tmp_path, f"attack.restarts={restarts}", f"out=out-{restarts}")
+        words = tiny.words(tmp_path, f"attack.restarts={restarts}", f"out={tmp_path}/{restarts}")
         assert tiny.call(monkeypatch, words) == 0
     assert asked[1] == pytest.approx(6 * asked[0])
 

@@ -16,13 +16,13 @@ from fedsec.rng import stream
 
 
 def brute(guess, truth):
-    """Least total error over all one-to-one assignments, by trying them all."""
-    error = torch.stack([mse(guess, t.expand_as(guess)) for t in truth])
+    """Greatest total PSNR over all one-to-one assignments, by trying them all."""
+    value = torch.stack([psnr(guess, t.expand_as(guess)) for t in truth])
     if len(truth) <= len(guess):
         ways = itertools.permutations(range(len(guess)), len(truth))
-        return min(sum(error[i, g].item() for i, g in enumerate(way)) for way in ways)
+        return max(sum(value[i, g].item() for i, g in enumerate(way)) for way in ways)
     ways = itertools.permutations(range(len(truth)), len(guess))
-    return min(sum(error[t, g].item() for g, t in enumerate(way)) for way in ways)
+    return max(sum(value[t, g].item() for g, t in enumerate(way)) for way in ways)
 
 
 @settings(max_examples=40, deadline=None)
@@ -33,8 +33,16 @@ def test_matching_is_the_best_of_all_assignments(g, b, seed):
     perm = match(guess, truth)
     used = perm[perm >= 0].tolist()
     assert len(set(used)) == len(used) == min(g, b)
-    total = sum(mse(guess[[p]], truth[[i]]).item() for i, p in enumerate(perm.tolist()) if p >= 0)
-    assert total == pytest.approx(brute(guess, truth), rel=1e-9)
+    total = sum(psnr(guess[[p]], truth[[i]]).item() for i, p in enumerate(perm.tolist()) if p >= 0)
+    assert total == pytest.approx(brute(guess, truth), rel=1e-5)
+
+
+def test_an_exact_guess_is_not_given_away_for_a_little_less_error():
+    """Of a white and a light image the light one was found; squared error gives it to white."""
+    truth = torch.stack([torch.full((1, 2, 2), v) for v in (0.9, 0.7)])
+    guess = torch.stack([torch.full((1, 2, 2), v) for v in (0.7, 0.5)])
+    assert match(guess, truth).tolist() == [1, 0]
+    assert 0.2**2 + 0.2**2 < 0.0**2 + 0.4**2, "what squared error would have chosen"
 
 
 def test_a_shuffled_batch_is_put_back_in_order():
