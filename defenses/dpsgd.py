@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedsec.checks import Refused, require
 from fedsec.defense import Defense, Privacy, Training
-from fedsec.types import Batch, Tensors
+from fedsec.types import Batch, Local, Tensors
 
 # Per-example gradients held at once: on a CPU about what its caches hold, which is the fastest.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
@@ -68,6 +68,16 @@ class DPSGD(Defense):
     def noise_std(self, expected: int) -> float:
         """The standard deviation of the noise on each coordinate of one gradient step."""
         return self.noise_multiplier * self.clip / expected
+
+    def noise(self, local: Local) -> tuple[float, float]:
+        """Noise of all steps; what later steps make of the earlier ones' is left out."""
+        change = local.lr * local.steps**0.5 if local.kind == "fedavg" else 1.0
+        return change * self.noise_std(local.batch), 0.0
+
+    def per_example(self, gradients: Tensors) -> Tensors:
+        """Each example's gradient, scaled to a norm of at most `clip`."""
+        scale = clip_factors(gradients, self.clip)
+        return {k: torch.einsum("n,n...->n...", scale, g) for k, g in gradients.items()}
 
     def privacy(self, training: Training) -> Privacy:
         """Epsilon at `delta` by PRV (RDP beside it), or by RDP alone where PRV has no number."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedsec.checks import require
 from fedsec.defense import Defense
-from fedsec.types import Update
+from fedsec.types import Local, Update
 
 DISTRIBUTIONS = ("gaussian", "laplace")
 
@@ -40,6 +40,9 @@ class Noise(Defense):
     def update(self, update: Update, rng: torch.Generator) -> Update:
         noisy = {k: t + self.std * self._draw(t, rng) for k, t in update.tensors.items()}
         return replace(update, tensors=noisy)
+
+    def noise(self, local: Local) -> tuple[float, float]:
+        return (self.std, 0.0) if self.distribution == "gaussian" else (0.0, self.std)
 
     def _draw(self, tensor: Tensor, rng: torch.Generator) -> Tensor:
         """Noise of unit variance in the shape of `tensor`."""

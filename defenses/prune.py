@@ -33,7 +33,10 @@ class Prune(Defense):
         require(0 <= self.ratio < 1, "ratio", "must be in [0, 1)", self.ratio)
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
-        return replace(update, tensors={k: self._pruned(t) for k, t in update.tensors.items()})
+        return replace(update, tensors=self.expected(update.tensors))
+
+    def expected(self, tensors: Tensors) -> Tensors:
+        return {k: self._pruned(t) for k, t in tensors.items()}
 
     def mask(self, update: Update) -> Tensors:
         """Which entries of a sent update carry a value: what an attack should compare."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from fedsec.checks import Refused
 from fedsec.rng import stream
-from fedsec.types import Batch, Tensors, Update
+from fedsec.types import Batch, Local, Tensors, Update
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,24 @@ class Defense:
     def privacy(self, training: Training) -> Privacy | None:
         """The guarantee for `training`; None if the defense claims none."""
         return None
+
+    # What a knowing adversary computes with: public, and without the defense's draws.
+
+    def per_example(self, gradients: Tensors) -> Tensors:
+        """Examples' gradients [n, *parameter] as a step sums them."""
+        return gradients
+
+    def expected(self, tensors: Tensors) -> Tensors:
+        """What becomes of an update, but for noise."""
+        return tensors
+
+    def mask(self, update: Update) -> Tensors | None:
+        """Which entries of a sent update are worth comparing; None: all."""
+        return None
+
+    def noise(self, local: Local) -> tuple[float, float]:
+        """Deviations of the Gaussian and of the Laplace noise on an entry of an update."""
+        return 0.0, 0.0
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the defense cannot protect."""
@@ -116,6 +135,32 @@ class Compose(Defense):
         claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
         return claims[0] if claims else None
 
+    def per_example(self, gradients: Tensors) -> Tensors:
+        for part in self.parts:
+            gradients = part.per_example(gradients)
+        return gradients
+
+    def expected(self, tensors: Tensors) -> Tensors:
+        for part in self.parts:
+            tensors = part.expected(tensors)
+        return tensors
+
+    def mask(self, update: Update) -> Tensors | None:
+        """That of the last part that has one, if no noise covers it."""
+        found = None
+        for part in self.parts:
+            if (
+                any(part.noise(Local("gradient", 1.0, 1, 1)))
+                and type(part).gradients is Defense.gradients
+            ):
+                found = None  # a gradient step's noise comes before all that changes updates
+            found = part.mask(update) or found
+        return found
+
+    def noise(self, local: Local) -> tuple[float, float]:
+        each = [part.noise(local) for part in self.parts]
+        return math.hypot(*(g for g, _ in each)), math.hypot(*(x for _, x in each))
+
     def check(self, model: nn.Module) -> None:
         for part in self.parts:
             part.check(model)
@@ -123,3 +168,9 @@ class Compose(Defense):
 
 def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
     return stream(rng.initial_seed(), type(part).__name__)
+
+
+def clips(defense: Defense) -> bool:
+    """Whether the defense changes examples' gradients before they are summed."""
+    parts = defense.parts if isinstance(defense, Compose) else (defense,)
+    return any(type(part).per_example is not Defense.per_example for part in parts)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -154,6 +155,34 @@ class LeNet(nn.Module):
         return self.fc(self.body(self.normalise(images)).flatten(1))
 
 
+class CNN6(nn.Module):
+    """CNN6 of R-GAP (Zhu and Blaschko 2021), with an output for each class instead of one.
+
+    Strides and widths are such that weights and their gradients determine each layer's input;
+    nothing has a bias.
+    """
+
+    def __init__(self, normalise: nn.Module, shape: Shape, classes: int, norm: str):
+        super().__init__()
+        self.normalise = normalise
+        layers: list[nn.Module] = []
+        before, *sides = shape
+        halved, kept = (3, 2, 1), (3, 1, 1)  # kernel, stride, padding
+        sizes = ((4, 2, 2), halved, kept, kept, halved, kept)
+        widths = (12, 36, 36, 36, 64, 128)
+        for channels, (kernel, stride, padding) in zip(widths, sizes, strict=True):
+            layers.append(nn.Conv2d(before, channels, kernel, stride, padding, bias=False))
+            layers += [] if norm == "none" else [_norm(norm, channels)]
+            layers.append(nn.LeakyReLU(0.2))
+            before = channels
+            sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
+        self.body = nn.Sequential(*layers)
+        self.fc = nn.Linear(before * math.prod(sides), classes, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.body(self.normalise(images)).flatten(1))
+
+
 class ConvNet(nn.Module):
     """ConvNet of Inverting Gradients (Geiping et al. 2020): eight convolutions, two max pools."""
 
@@ -270,6 +299,78 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class Attention(nn.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), written out: it has second derivatives."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        n, t, width = tokens.shape
+        each = width // self.heads
+        split = self.qkv(tokens).view(n, t, 3, self.heads, each).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind(0)
+        weights = (query @ key.mT / each**0.5).softmax(-1)
+        return self.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+class Encoder(nn.Module):
+    """Self-attention and an MLP with GELU, each with a LayerNorm.
+
+    residual: norm first, around shortcuts, as in ViT. sequential: no shortcuts, norm after each.
+    """
+
+    def __init__(self, width: int, heads: int, residual: bool):
+        super().__init__()
+        self.residual = residual
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.residual:
+            return self.norm2(self.mlp(self.norm1(self.attn(x))))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021) with a class token; no dropout."""
+
+    def __init__(
+        self,
+        normalise: nn.Module,
+        shape: Shape,
+        classes: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        residual: bool,
+    ):
+        super().__init__()
+        self.normalise = normalise
+        tokens = (shape[1] // patch) * (shape[2] // patch)
+        self.patch_embed = nn.Conv2d(shape[0], width, patch, stride=patch)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + tokens, width))  # learnable
+        self.blocks = nn.Sequential(*(Encoder(width, heads, residual) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(self.normalise(images)).flatten(2).mT
+        first = self.cls_token.expand(len(patches), -1, -1)
+        tokens = torch.cat([first, patches], 1) + self.pos_embed
+        return self.head(self.norm(self.blocks(tokens))[:, 0])
+
+
 # ---------------------------------------------------------------- their specifications
 
 
@@ -283,8 +384,10 @@ class ModelSpec:
     mean: tuple[float, ...] | None = None  # by channel, [0, 1] units; null: the data set's
     std: tuple[float, ...] | None = None  # by channel, above 0; null: the data set's
 
+    norms: ClassVar = ("batch", "group", "none")  # what `norm` may be
+
     def __post_init__(self):
-        norms, modes = ("batch", "group", "none"), ("train", "eval")
+        norms, modes = self.norms, ("train", "eval")
         require(self.norm in norms, "norm", f"must be among {', '.join(norms)}", self.norm)
         require(self.mode in modes, "mode", f"must be among {', '.join(modes)}", self.mode)
         finite = self.mean is None or all(math.isfinite(m) for m in self.mean)
@@ -339,6 +442,14 @@ class LeNetSpec(ModelSpec):
                     for parameter in layer.parameters():
                         nn.init.uniform_(parameter, -0.5, 0.5)
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class CNN6Spec(ModelSpec):
+    norm: str = "none"
+
+    def network(self, normalise: nn.Module, shape: Shape, classes: int) -> nn.Module:
+        return CNN6(normalise, shape, classes, self.norm)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +514,45 @@ class ResNetSpec(ModelSpec):
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSpec(ModelSpec):
+    """A small vision transformer; weights and biases as in Dosovitskiy et al., but for the head.
+
+    They start the head at zero, which passes nothing back: the first update would leak no image.
+    """
+
+    norm: str = "layer"  # a transformer's own; it knows no other
+    encoder: str = "residual"  # residual as in ViT, or sequential: no shortcuts, norms after
+    patch: int = 4  # side of a patch, pixels; divides the image's sides
+    width: int = 96  # of a token
+    depth: int = 4  # encoder blocks
+    heads: int = 4  # of self-attention; divide the width
+
+    norms: ClassVar = ("layer",)
+
+    def __post_init__(self):
+        super().__post_init__()
+        kinds = ("residual", "sequential")
+        rule = f"must be among {', '.join(kinds)}"
+        require(self.encoder in kinds, "encoder", rule, self.encoder)
+        for key in ("patch", "width", "depth", "heads"):
+            require(getattr(self, key) >= 1, key, "must be at least 1", getattr(self, key))
+        fits = self.width % self.heads == 0
+        require(fits, "heads", f"must divide the width {self.width}", self.heads)
+
+    def network(self, normalise: nn.Module, shape: Shape, classes: int) -> nn.Module:
+        rule = f"must divide the image's sides, {shape[1]} x {shape[2]}"
+        fits = shape[1] % self.patch == 0 and shape[2] % self.patch == 0
+        require(fits, "model.patch", rule, self.patch)
+        sizes = (self.patch, self.width, self.depth, self.heads, self.encoder == "residual")
+        model = ViT(normalise, shape, classes, *sizes)
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
         return model
 
 

@@ -17,12 +17,14 @@ from fedsec.checks import Refused
 from fedsec.data import Npz
 from fedsec.models import (
     BatchNorm2d,
+    CNN6Spec,
     ConvNetSpec,
     LeNetSpec,
     MLPSpec,
     Normalise,
     ResNet18Spec,
     ResNetSpec,
+    ViTSpec,
     first_layer,
     last_linear,
     norm_stats,
@@ -37,11 +39,14 @@ trained = pytest.mark.skipif(not MODELS, reason="FEDSEC_MODELS names no folder w
 
 SMALL = {
     "lenet": (LeNetSpec, {}),
+    "cnn6": (CNN6Spec, {}),
     "convnet": (ConvNetSpec, {"width": 4}),
     "mlp": (MLPSpec, {"hidden": (16, 8)}),
     "resnet18": (ResNet18Spec, {"width": 4}),
     "resnet8": (ResNetSpec, {"depth": 8, "width": 4}),
 }
+
+SMALL_VIT = {"width": 12, "heads": 2, "depth": 2}  # apart: patches and norms are its own
 
 
 def built(spec, shape=SHAPE, classes=10, seed=0, **fields) -> nn.Module:
@@ -65,9 +70,11 @@ def same(a: dict, b: dict) -> bool:
     ("spec", "fields", "count"),
     [
         (LeNetSpec, {}, 15_826),  # 12*76 + 2*12*301 + 10*769
+        (CNN6Spec, {}, 154_256),  # 576 + 3888 + 2*11664 + 20736 + 73728 + 10*3200
         (ConvNetSpec, {}, 2_904_970),  # as breaching prints
         (MLPSpec, {}, 5_256_202),  # 1024*3073 + 2*1024*1025 + 10*1025
         (ResNet18Spec, {}, 11_173_962),  # as pytorch-cifar prints
+        (ViTSpec, {}, 459_562),  # 4*(12*96*96 + 13*96) + 96*(48 + 1 + 1 + 65 + 2) + 10*97
         (ResNetSpec, {"depth": 20}, 269_722),  # the rest as akamaster prints
         (ResNetSpec, {"depth": 32}, 464_154),
         (ResNetSpec, {"depth": 44}, 658_586),
@@ -149,6 +156,38 @@ def test_first_and_last_layers_by_name():
             find(nn.Sequential(nn.ReLU()))
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (3, 16, 24)])
+def test_a_vit_fits_images_of_whole_patches(shape):
+    model = built(ViTSpec, shape, classes=7, **SMALL_VIT)
+    assert model(torch.rand(2, *shape)).shape == (2, 7)
+    assert model.pos_embed.shape == (1, 1 + shape[1] * shape[2] // 16, 12)
+    assert first_layer(model)[0] == "patch_embed"
+    assert last_linear(model)[0] == "head"
+
+
+def test_a_vits_attention_equals_pytorchs():
+    model = built(ViTSpec, **SMALL_VIT).double()
+    attention, tokens = model.blocks[0].attn, torch.randn(2, 5, 12, dtype=torch.float64)
+    twin = nn.MultiheadAttention(12, 2, batch_first=True).double()
+    named = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias",
+             "out_proj.weight": "proj.weight", "out_proj.bias": "proj.bias"}  # fmt: skip
+    twin.load_state_dict({k: attention.get_parameter(v) for k, v in named.items()})
+    torch.testing.assert_close(attention(tokens), twin(tokens, tokens, tokens)[0])
+
+
+def test_a_vits_blocks_are_pytorchs_encoder_with_norms_first():
+    model = built(ViTSpec, **SMALL_VIT).double()
+    block, tokens = model.blocks[0], torch.randn(2, 5, 12, dtype=torch.float64)
+    twin = nn.TransformerEncoderLayer(12, 2, 48, 0.0, F.gelu, batch_first=True, norm_first=True)
+    named = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.",
+             "linear1.": "mlp.0.", "linear2.": "mlp.2.",
+             "norm1.": "norm1.", "norm2.": "norm2."}  # fmt: skip
+    own = {new + p: block.get_parameter(old + p)
+           for new, old in named.items() for p in ("weight", "bias")}  # fmt: skip
+    twin.double().load_state_dict(own)
+    torch.testing.assert_close(block(tokens), twin(tokens))
+
+
 # ---------------------------------------------------------------- building
 
 
@@ -191,6 +230,11 @@ def test_lenets_initialisations():
         (ResNetSpec, {"depth": 21}, "depth"),
         (ResNetSpec, {"depth": 2}, "depth"),
         (ResNetSpec, {"width": 3}, "width"),
+        (ViTSpec, {"norm": "batch"}, "norm"),
+        (ViTSpec, {"encoder": "post"}, "encoder"),
+        (ViTSpec, {"patch": 0}, "patch"),
+        (ViTSpec, {"depth": 0}, "depth"),
+        (ViTSpec, {"heads": 5}, "heads"),
         (LeNetSpec, {"std": (0.2, 0.0, 0.2)}, "std"),
         (LeNetSpec, {"mean": (float("nan"),) * 3}, "mean"),
     ],
@@ -206,6 +250,8 @@ def test_images_that_do_not_fit_are_refused():
         built(ConvNetSpec, (1, 8, 28))
     with pytest.raises(Refused, match=r"^model\.mean: .* each of 3 channels, got 1"):
         built(MLPSpec, mean=(0.5,))
+    with pytest.raises(Refused, match=r"^model\.patch: must divide .* 28 x 30, got 4"):
+        built(ViTSpec, (1, 28, 30))
 
 
 # ---------------------------------------------------------------- BatchNorm
@@ -260,6 +306,15 @@ def test_lanes_under_vmap_equal_a_loop_and_leave_no_trace(name, norm, mode):
         with tracking(model.train()):
             model(torch.rand(8, *SHAPE, dtype=torch.float64))
         model.train(mode == "train")
+    lanes_equal_a_loop(model)
+
+
+@pytest.mark.parametrize("encoder", ["residual", "sequential"])
+def test_lanes_of_a_vit_equal_a_loop(encoder):
+    lanes_equal_a_loop(built(ViTSpec, encoder=encoder, **SMALL_VIT).double())
+
+
+def lanes_equal_a_loop(model: nn.Module) -> None:
     params = {k: p.detach() for k, p in model.named_parameters()}
     before = buffers(model)
     images = torch.rand(3, 2, *SHAPE, dtype=torch.float64)

@@ -1,0 +1,127 @@
+"""How well an update that a known batch would cause explains the one that was sent.
+
+A defense publishes its transform, its mask and its noise (fedsec.defense); this is where who knows
+them compares updates. Tensors carry hypotheses as their leading axis.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import nnls
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+
+from fedsec.defense import Defense
+from fedsec.types import Local, Tensors, Update
+
+
+def alone(
+    model: nn.Module,
+    images: Float[Tensor, "n c h w"],
+    targets: Float[Tensor, "n k"],
+    local: Local,
+    defense: Defense,
+) -> Tensors:
+    """The update [n, *parameter] that each image alone would cause, as the defense's steps do it.
+
+    Without noise, and before what the defense does to a whole update.
+    """
+
+    def loss(weights: Tensors, image: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (image[None],)), target[None])
+
+    before = {k: p.detach() for k, p in model.named_parameters()}
+    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(before, images, targets)
+    if local.kind == "gradient":
+        return defense.per_example(gradients)
+    total = {k: local.lr * g for k, g in defense.per_example(gradients).items()}
+    for _ in range(1, local.steps):
+        weights = {k: before[k] - moved for k, moved in total.items()}
+        gradients = defense.per_example(vmap(grad(loss))(weights, images, targets))
+        total = {k: total[k] + local.lr * g for k, g in gradients.items()}
+    return total
+
+
+class Misfit:
+    """Of clean updates to one that was sent: negative log likelihood, up to a constant, in nats.
+
+    Squared error for Gaussian noise (and for a mix with Laplace, by their variance), absolute error
+    for Laplace noise. `nats` is False where no noise is known of: then it is the squared error over
+    the sent update's square. An unknown defense may have changed the length of the update, so that
+    clean ones are scaled to fit first: it is one minus the squared cosine similarity.
+    """
+
+    def __init__(self, sent: Tensors, local: Local, defense: Defense | None):
+        self.sent, self.known = sent, defense is not None
+        defense = defense or Defense()
+        self.mask = defense.mask(Update(sent, {}, 0))
+        # under the mask entries are whole: what was dropped elsewhere need not be simulated
+        self.expected = None if self.mask else defense.expected
+        gaussian, laplace = defense.noise(local)
+        variance = gaussian**2 + laplace**2
+        self.nats, self.absolute = variance > 0, gaussian == 0 < laplace
+        square = max(1e-300, sum(float(t.double().square().sum()) for t in sent.values()))
+        scale = math.sqrt(2) / laplace if self.absolute else None
+        self.scale = scale or (1 / (2 * variance) if self.nats else 1 / square)
+
+    def __call__(self, clean: Tensors) -> Float[Tensor, " n"]:
+        if self.expected is not None:
+            each = [self.expected({k: t[i] for k, t in clean.items()}) for i in range(_len(clean))]
+            clean = {k: torch.stack([e[k] for e in each]) for k in clean}
+        if not self.known:
+            fit = _dot(clean, {k: t[None] for k, t in self.sent.items()}) / _dot(
+                clean, clean
+            ).clamp_min(1e-300)
+            clean = {k: _times(fit.clamp_min(0), t) for k, t in clean.items()}
+        total = torch.zeros((), dtype=torch.float64)
+        for name, sent in self.sent.items():
+            apart = clean[name] - sent
+            if self.mask is not None:
+                apart = apart * self.mask[name]
+            apart = apart.abs() if self.absolute else apart.square()
+            total = total.to(apart.device) + apart.flatten(1).sum(1, dtype=torch.float64)
+        return self.scale * total
+
+
+def _len(tensors: Tensors) -> int:
+    return len(next(iter(tensors.values())))
+
+
+def _times(factors: Float[Tensor, " n"], tensor: Tensor) -> Tensor:
+    return tensor * factors.to(tensor).view(-1, *[1] * (tensor.dim() - 1))
+
+
+def _dot(one: Tensors, other: Tensors) -> Float[Tensor, " n"]:
+    """Inner products over all parameters, in double; both are [n, *parameter]."""
+    parts = [(one[k] * other[k]).flatten(1).sum(1, dtype=torch.float64) for k in one]
+    return torch.stack(parts).sum(0)
+
+
+def products(
+    each: Float[Tensor, "n p"], sent: Float[Tensor, " p"]
+) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+    """Inner products of hypotheses with each other and with the sent update, in double."""
+    parts = each.split(256)  # not all of it in double at once
+    gram = torch.cat([torch.cat([a.double() @ b.double().T for b in parts], 1) for a in parts])
+    return gram, torch.cat([a.double() @ sent.double() for a in parts])
+
+
+def shares(gram: Float[Tensor, "n n"], along: Float[Tensor, " n"], count: int) -> Tensor:
+    """How much of each hypothesis is in a sum of `count` of them, [n]: at least 0, `count` in all.
+
+    Least squares (Lawson and Hanson 1974), exact where hypotheses are independent and noise is
+    none. Without the sum, labels would cancel: an image's gradients under all of its labels, each
+    as often as the model predicts it, add up to nothing.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 1e-13 * values[-1].clamp_min(1e-300)
+    root, basis = values[kept].sqrt(), vectors[:, kept].T
+    weight = 10 * values[-1].clamp_min(1e-300).sqrt()  # of the sum: it holds to rounding
+    left = torch.cat([root[:, None] * basis, weight.expand(1, len(gram))])
+    right = torch.cat([basis @ along / root, count * weight[None]])
+    found, _ = nnls(left.cpu().numpy(), right.cpu().numpy(), maxiter=100 * len(gram))
+    return torch.from_numpy(found).to(gram.device)
