@@ -20,6 +20,7 @@ class IDLG(Attack):
     steps: int  # L-BFGS steps of 20 evaluations each, >= 1
     lr: float  # step length, > 0
     restarts: int  # random starts, the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
@@ -27,11 +28,12 @@ class IDLG(Attack):
         require(self.steps >= 1, "steps", "must be at least 1", self.steps)
         require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
         require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        labels.known(self.labels)
 
     @property
     def evaluations(self):
         return self.steps * EVALUATIONS * self.restarts
 
     def __call__(self, seen, rngs, progress):
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search(self), rngs, progress, spent)

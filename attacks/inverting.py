@@ -7,8 +7,6 @@ from fedsec import engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import require
 
-SPECTRUM = 1.25  # how fast steps shrink with frequency: photographs fall by 1 to 1.5
-
 
 @dataclass(frozen=True, kw_only=True)
 class Inverting(Attack):
@@ -30,6 +28,7 @@ class Inverting(Attack):
     restarts: int  # random starts, the best objective wins, >= 1
     patience: int  # steps without progress that end a restart, >= 0; 0: none do
     halving: bool  # give up the worse half of the restarts after 1/8, 1/4 and 1/2 of the steps
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
@@ -42,6 +41,7 @@ class Inverting(Attack):
         require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
         require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
         require(self.patience >= 0, "patience", "must be at least 0", self.patience)
+        labels.known(self.labels)
 
     @property
     def lanes(self):
@@ -67,11 +67,11 @@ class Inverting(Attack):
             steps=self.steps,
             restarts=self.restarts,
             spread=0.1 if spectral else 1.0,
-            spectrum=SPECTRUM if spectral else None,
+            spectrum=engine.PHOTOGRAPHS if spectral else None,
             boxed=True,
             direction=True,
             patience=self.patience,
             halving=self.halving,
         )
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)
