@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fedsec.threat import Observation
-from fedsec.types import Reconstruction, Tensors
+from fedsec.threat import Observation, ThreatModel
+from fedsec.types import Exchange, Reconstruction, Tensors
 
 Told = Callable[[int, int, float], None]  # steps done, steps in all, current mean objective
 
@@ -64,3 +65,32 @@ class Attack:
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model on which the attack cannot work."""
+
+    @property
+    def tampers(self) -> bool:
+        """Whether it replaces the model: that takes a malicious server."""
+        return type(self).craft is not Attack.craft
+
+    def craft(
+        self, model: nn.Module, known: Observation, rng: torch.Generator
+    ) -> tuple[nn.Module, ...]:
+        """What a malicious server sends to an attacked client instead of `model`.
+
+        `model` is the attack's own to change; its architecture may change too. `known` is what the
+        server knows before the client computes anything (threat.BEFOREHAND). The client answers
+        each of the models that are returned: to the first by the observation's `update`, to the
+        others by its `queries`.
+        """
+        return (model,)
+
+
+def crafted(
+    attack: Attack, threat: ThreatModel, blank: Exchange, rng: torch.Generator
+) -> tuple[tuple[nn.Module, ...], Observation]:
+    """The models that an attack under `threat` sends, and what it knew when it made them.
+
+    `blank` is an exchange as it will be, but for everything private: see `ThreatModel.foresee`.
+    """
+    known = threat.foresee(blank)
+    models = attack.craft(deepcopy(blank.model), known, rng)
+    return tuple(m.train(blank.mode == "train") for m in models), known

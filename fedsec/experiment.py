@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from fedsec import cost, match, metrics, process, records, report, resume
-from fedsec.attack import Attack, Told
+from fedsec.attack import Attack, Told, crafted
 from fedsec.checks import Refused, require
 from fedsec.client import schedule
 from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense, Privacy
-from fedsec.federation import Federated, Job, accuracy, check, federate, shares, summed
+from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.rng import stream
-from fedsec.threat import ThreatModel, admit
-from fedsec.types import Exchange, Reconstruction, Tensors
+from fedsec.threat import Observation, ThreatModel, admit
+from fedsec.types import Batch, Exchange, Reconstruction, Tensors, Update
 
 CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
@@ -59,7 +59,10 @@ def plan(
     """Refuse what cannot work, in the order of what it costs to find out."""
     values, names = settings.values, settings.names
     attack: Attack = settings.attack
-    admit(names["attack"], attack.needs, settings.threat, presets)
+    admit(names["attack"], attack.needs, settings.threat, presets, attack.tampers)
+    if attack.tampers and values.victim_batch == "same":
+        rule = f"must be a number: attack={names['attack']} replaces the model of probes, and "
+        raise Refused("victim_batch", rule + "leaves the training alone", "same")
     device = _device(values.device)
     resumes = _resumes(folder, config)
     torch.set_num_threads(1)
@@ -76,6 +79,9 @@ def plan(
     for _, defense in defenses:
         defense.check(model)
         _encodable(settings, dataset, held, probes, defense)
+        if attack.tampers:  # it may refuse what it knows by then
+            for sent in _crafted(settings, dataset, defense, model, 0)[0]:
+                defense.check(sent)
     if values.threads == "auto":
         torch.set_num_threads(_threads(_stack_gflop(settings, dataset, model), _cores()))
     else:
@@ -202,7 +208,7 @@ class _Run:
         job = _job(self.settings, plan.device, plan.probes, defense)
         with self.console.stage("federate", name, self.values.rounds, "rounds") as stage:
             with cost.Clock(plan.device) as clock:
-                federated = federate(job, plan.dataset, stage.advance)
+                federated = federate(job, plan.dataset, stage.advance, self._craft(defense))
             self.federate_seconds[name] = clock.seconds
             self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
             self.privacy[name] = _privacy(defense, federated)
@@ -237,6 +243,24 @@ class _Run:
             mean = sum(psnr) / len(psnr) if psnr else math.nan
             stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
 
+    def _craft(self, defense: Defense) -> Craft | None:
+        """What the attack makes of the model that the attacked clients get, if it tampers."""
+        settings = self.settings
+        if not settings.attack.tampers:
+            return None
+        attack, threat = settings.names["attack"], settings.names["threat"]
+        said = f"attack={attack} replaced the model that the attacked clients got, as "
+        said += f"threat={threat} may; the training, and so the accuracy, is untouched"
+        if said not in self.flags:
+            self.flags.append(said)
+
+        def craft(model: nn.Module, round: int) -> tuple[nn.Module, ...]:
+            models, known = _crafted(settings, self.plan.dataset, defense, model, round)
+            self.unread &= set(known.unread) | (self.unread - set(known.grants))
+            return models
+
+        return craft
+
     def _stacks(self, exchanges: list[Exchange], job: Job) -> Iterator[list[Exchange]]:
         """Victims that can be attacked together: one model, one batch size, at most `stack`."""
         threat: ThreatModel = self.settings.threat
@@ -258,10 +282,8 @@ class _Run:
     def _informed(self, exchange: Exchange) -> Exchange:
         """The exchange with the public images that its threat model grants."""
         grants, dataset = self.settings.threat.grants, self.plan.dataset
-        if "aux" in grants:  # the test split is public; utility is measured on it all the same
-            rng = stream(self.values.seed, "aux")
-            some = torch.randperm(len(dataset.test), generator=rng)[:AUX]
-            exchange = replace(exchange, aux=dataset.test.batch(some, dataset.classes))
+        if "aux" in grants:
+            exchange = replace(exchange, aux=_aux(dataset, self.values.seed))
         if "candidates" in grants:
             private = exchange.batch.index
             rng = stream(self.values.seed, "candidates", exchange.round, *private)
@@ -507,6 +529,36 @@ def _defenses(settings: Settings) -> tuple[tuple[str, Defense], ...]:
     if name == CONTROL or not settings.values.control:
         return ((name, defense),)
     return ((CONTROL, Compose(())), (name, defense))
+
+
+def _aux(dataset: Dataset, seed: int) -> Batch:
+    """Public images: of the test split, although utility is measured on it too."""
+    some = torch.randperm(len(dataset.test), generator=stream(seed, "aux"))[:AUX]
+    return dataset.test.batch(some, dataset.classes)
+
+
+def _crafted(
+    settings: Settings, dataset: Dataset, defense: Defense, model: nn.Module, round: int
+) -> tuple[tuple[nn.Module, ...], Observation]:
+    """What the attack sends instead of `model`, and what it knew when it made that."""
+    values, threat, local = settings.values, settings.threat, settings.client.local
+    assert isinstance(values.victim_batch, int)
+    count = values.victim_batch * (values.clients if threat.sums_only else 1)
+    sizes = [len(chunk) for chunk in schedule(values.victim_batch, local)]
+    nobody = Batch(torch.zeros(count, *dataset.shape), torch.zeros(count, dataset.classes))
+    blank = Exchange(
+        round=round,
+        clients=(),
+        model=model,
+        mode="train" if model.training else "eval",
+        update=Update({}, {}, 0),
+        batch=nobody,
+        trained=nobody,
+        local=replace(local, batch=sizes[0]),
+        defense=defense,
+        aux=_aux(dataset, values.seed) if "aux" in threat.grants else None,
+    )
+    return crafted(settings.attack, threat, blank, stream(values.seed, "craft", round))
 
 
 def _job(settings: Settings, device: str, probes: tuple, defense: Defense) -> Job:

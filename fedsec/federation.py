@@ -95,6 +95,11 @@ class Federated:
     training: list[Training]  # what each client's guarantee depends on
 
 
+# What a malicious server sends to the probed clients, from the round's model, which it must leave
+# alone, and the round's number.
+Craft = Callable[[nn.Module, int], tuple[nn.Module, ...]]
+
+
 @dataclass(frozen=True)
 class Tapped:
     """What travelled in one attack round."""
@@ -102,7 +107,8 @@ class Tapped:
     round: int
     sent: Tensors  # parameters and buffers, as the server sent them
     training: list[Update]  # of each client
-    probes: list[Update]  # one for each of the job's probes
+    probes: list[list[Update]]  # for each of the job's probes, one for each of the models it got
+    crafted: tuple[nn.Module, ...] = ()  # what the probes got instead of `sent`
 
 
 class ClientFailed(RuntimeError):
@@ -138,8 +144,11 @@ class Site:
         built = job.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
         self.model: nn.Module = built.to(job.device)
 
-    def work(self, client: int, round: int, probe: int | None) -> Work:
-        """What `client` does in `round`: its training, or one of the job's probes."""
+    def work(self, client: int, round: int, probe: int | None, query: int = 0) -> Work:
+        """What `client` does in `round`: its training, or one of the job's probes.
+
+        Each further `query` for the same probe draws anew what a defense draws.
+        """
         job = self.job
         if probe is None:
             held = self.shares[client]
@@ -149,7 +158,8 @@ class Site:
         else:
             indices = torch.tensor(job.probes[probe][1])
             steps = [indices[i] for i in schedule(len(indices), job.client.local)]
-            rngs = client_streams(job.seed, client, round, "probe", *indices.tolist())
+            again = ("query", query) if query else ()
+            rngs = client_streams(job.seed, client, round, "probe", *indices.tolist(), *again)
             expected = len(steps[0])
         train, classes = self.dataset.train, self.dataset.classes
         return Work([train.batch(i, classes).to(job.device) for i in steps], rngs, expected)
@@ -157,12 +167,13 @@ class Site:
     def local(self, work: Work) -> Local:
         return replace(self.job.client.local, batch=work.expected)
 
-    def update(self, sent: Tensors, client: int, round: int, probe: int | None) -> Update:
-        """The client's update on the model that the server `sent`."""
-        load(self.model, sent)
-        work = self.work(client, round, probe)
+    def update(
+        self, model: nn.Module, client: int, round: int, probe: int | None, query: int = 0
+    ) -> Update:
+        """The client's update on the model that the server sent."""
+        work = self.work(client, round, probe, query)
         update, _ = local_update(
-            self.model, work.batches, self.job.defense, self.local(work), work.rngs, work.expected
+            model, work.batches, self.job.defense, self.local(work), work.rngs, work.expected
         )
         return update
 
@@ -191,8 +202,13 @@ def shares(dataset: Any, federation: Federation, clients: int, seed: int) -> lis
         raise wrong if wrong.key == "clients" else wrong.under("federation") from None
 
 
-def federate(job: Job, dataset: Any, progress: Callable[[int, int], None]) -> Federated:
+def federate(
+    job: Job, dataset: Any, progress: Callable[[int, int], None], craft: Craft | None = None
+) -> Federated:
     """Train for `job.rounds` rounds and keep what travels in the attack rounds.
+
+    A malicious server's `craft` makes the models on which the probes are computed, from the model
+    of the attack round; the training never sees them.
 
     `progress` hears (rounds done, rounds). Raises Refused before anything is computed, and
     ClientFailed, with the client's traceback, as soon as one client fails.
@@ -203,7 +219,7 @@ def federate(job: Job, dataset: Any, progress: Callable[[int, int], None]) -> Fe
     start = time.perf_counter()
     site = Site(job, dataset)
     job.defense.check(site.model)
-    final, taps = run(job, site, progress)
+    final, taps = run(job, site, progress, craft)
     if job.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
@@ -241,22 +257,26 @@ def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
     job, exchanges = site.job, []
     earlier: dict[tuple[int, int | None], tuple[Update, ...]] = {}
     for tap in taps:
-        model = copy.deepcopy(site.model)
-        load(model, tap.sent)
-        attacked: list[tuple[int, int | None, Update]] = (
-            [(client, None, update) for client, update in enumerate(tap.training)]
+        sent = copy.deepcopy(site.model)
+        load(sent, tap.sent)
+        model, *others = tap.crafted or (sent,)
+        attacked: list[tuple[int, int | None, list[Update]]] = (
+            [(client, None, [update]) for client, update in enumerate(tap.training)]
             if job.keep_training
-            else [(job.probes[i][0], i, update) for i, update in enumerate(tap.probes)]
+            else [(job.probes[i][0], i, updates) for i, updates in enumerate(tap.probes)]
         )
-        for client, probe, update in attacked:
-            # In the round's sum, a probe stands in for its client's training update.
+        for client, probe, (update, *answers) in attacked:
+            # In the round's sum, a probe stands in for its client's training update; nobody else
+            # got the crafted model that it may be about.
             summands = [update if c == client else u for c, u in enumerate(tap.training)]
+            aggregate = update if tap.crafted else mean_update(summands)
+            queries = tuple(zip(others, answers, strict=True))
             history = earlier.get((client, probe), ())
             earlier[client, probe] = (*history, update)
             exchange = _exchange(site, tap.round, model, client, probe, update)
             if len(exchange.batch):  # a Poisson draw may be empty: nothing to reconstruct
-                aggregate = mean_update(summands)
-                exchanges.append(replace(exchange, aggregate=aggregate, history=history))
+                more = {"aggregate": aggregate, "history": history, "queries": queries}
+                exchanges.append(replace(exchange, **more))
     return exchanges
 
 
@@ -286,6 +306,7 @@ def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
                 local=replace(some[0].local, parts=parts),
                 norm_stats=(),
                 history=(),
+                queries=(),
             )
         )
     return sums

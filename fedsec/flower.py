@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import pickle
 import random
 import threading
 import traceback
@@ -15,11 +16,12 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,20 +37,22 @@ from flwr.app import (
 )
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp, strategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsec.checks import Refused
 from fedsec.client import buffers, mean_update, parameters, weights_after
-from fedsec.federation import STRATEGIES, ClientFailed, Job, Site, Tapped, load, state
+from fedsec.federation import STRATEGIES, ClientFailed, Craft, Job, Site, Tapped, load, state
 from fedsec.types import Tensors, Update
 
 Progress = Callable[[int, int], None]
 
 
-def run(job: Job, site: Site, progress: Progress) -> tuple[Tensors, list[Tapped]]:
+def run(
+    job: Job, site: Site, progress: Progress, craft: Craft | None = None
+) -> tuple[Tensors, list[Tapped]]:
     """The final parameters and buffers, and what travelled in the attack rounds."""
     token = uuid.uuid4().hex  # a key that no worker of another run has seen
-    server = Server(job, site, progress)
+    server = Server(job, site, progress, craft)
     _sites[token] = site
     drawn = random.getstate()  # Flower's strategies sample nodes with it
     try:
@@ -96,11 +100,16 @@ def _update(job: Job, token: str, content: RecordDict, client: int) -> RecordDic
         _sites[token] = Site(job, job.dataset.load())
     site, config = _sites[token], content.config_records["config"]
     probe = _integer(config, "probe") if "probe" in config else None
-    arrays = content.array_records
-    sent = _tensors(arrays["arrays"]) | _tensors(arrays["buffers"])
-    update = site.update(sent, client, _integer(config, "server-round") - 1, probe)
+    round, query = _integer(config, "server-round") - 1, 0
+    if "model" in config:  # a server that tampers has the client run its code, and its weights
+        model: nn.Module = pickle.loads(cast(bytes, config["model"])).to(job.device)
+        query = _integer(config, "query")
+    else:
+        arrays, model = content.array_records, site.model
+        load(model, _tensors(arrays["arrays"]) | _tensors(arrays["buffers"]))
+    update = site.update(model, client, round, probe, query)
     is_gradient = job.client.local.kind == "gradient"
-    tensors = update.tensors if is_gradient else weights_after(site.model, update)
+    tensors = update.tensors if is_gradient else weights_after(model, update)
     return RecordDict(
         {
             "arrays": _record(tensors),
@@ -160,8 +169,8 @@ def _integer(record: ConfigRecord | MetricRecord, key: str) -> int:
 class Server:
     """One run as the server sees it: Flower's strategy behind the tap, and what comes out."""
 
-    def __init__(self, job: Job, site: Site, progress: Progress):
-        self.job, self.site, self.progress = job, site, progress
+    def __init__(self, job: Job, site: Site, progress: Progress, craft: Craft | None):
+        self.job, self.site, self.progress, self.craft = job, site, progress, craft
         self.stop = threading.Event()
         self.taps: list[Tapped] = []
         self.final: Tensors = {}
@@ -227,13 +236,23 @@ class Tap(Grid):
         for message in outgoing:
             message.content = content(message.content.config_records["config"])
         attacked = round in job.attack_rounds
-        probes = self._probes(content, config) if attacked and not job.keep_training else []
-        replies = self._deliver([*outgoing, *probes], round)
+        probing = attacked and not job.keep_training
+        crafted: tuple[nn.Module, ...] = ()
+        if probing and self.server.craft is not None:
+            load(self.model, _tensors(arrays) | self.buffers)
+            crafted = self.server.craft(self.model, round)
+        probes = self._probes(content, config, crafted) if probing else []
+        trainees, targets = [self.model] * len(outgoing), list(crafted) or [self.model]
+        targets *= len(probes) // len(targets)
+        replies = self._deliver([*outgoing, *probes], round, trainees + targets)
         trained, probed = replies[: len(outgoing)], replies[len(outgoing) :]
         load(self.model, _tensors(arrays) | self.buffers)  # what was sent
         if attacked:
-            updates = [self._update(reply) for reply in trained]
-            tapped = Tapped(round, state(self.model), updates, [self._update(p) for p in probed])
+            updates = [self._update(reply, self.model) for reply in trained]
+            answers = [self._update(*pair) for pair in zip(probed, targets, strict=True)]
+            each = len(crafted) or 1
+            grouped = [answers[i : i + each] for i in range(0, len(answers), each)]
+            tapped = Tapped(round, state(self.model), updates, grouped, crafted)
             self.server.taps.append(tapped)
         if round < job.rounds:
             self.buffers = mean_update([self._running(reply) for reply in trained]).buffers
@@ -248,11 +267,26 @@ class Tap(Grid):
         config = ConfigRecord({**config, **more})
         return RecordDict({"arrays": arrays, "buffers": running, "config": config})
 
-    def _probes(self, content: Callable[..., RecordDict], config: ConfigRecord) -> list[Message]:
+    def _probes(
+        self,
+        content: Callable[..., RecordDict],
+        config: ConfigRecord,
+        crafted: Sequence[nn.Module],
+    ) -> list[Message]:
+        """For each probe a message; with crafted models, one for each of them, which it carries."""
         node_of = {client: node for node, client in self.client_of.items()}
+        pickled = [pickle.dumps(deepcopy(model).cpu()) for model in crafted]
+
+        def contents(probe: int) -> list[RecordDict]:
+            if not pickled:
+                return [content(config, probe=probe)]
+            more = [{"probe": probe, "query": q, "model": m} for q, m in enumerate(pickled)]
+            return [RecordDict({"config": ConfigRecord({**config, **m})}) for m in more]
+
         return [
-            Message(content(config, probe=i), node_of[client], "train.probe")
+            Message(each, node_of[client], "train.probe")
             for i, (client, _) in enumerate(self.job.probes)
+            for each in contents(i)
         ]
 
     def _running(self, reply: Message) -> Update:
@@ -262,12 +296,12 @@ class Tap(Grid):
         count = _integer(reply.content.metric_records["metrics"], "num-examples")
         return Update({}, running, count)
 
-    def _update(self, reply: Message) -> Update:
-        """What a reply says, in gradient direction; `self.model` holds what was sent."""
+    def _update(self, reply: Message, model: nn.Module) -> Update:
+        """What a reply says, in gradient direction; `model` holds what was sent."""
         tensors = _tensors(reply.content.array_records["arrays"])
         tensors = {name: t.to(self.job.device) for name, t in tensors.items()}
         if self.job.client.local.kind == "fedavg":
-            before = parameters(self.model)
+            before = parameters(model)
             tensors = {name: before[name].detach() - after for name, after in tensors.items()}
         return replace(self._running(reply), tensors=tensors)
 
@@ -276,7 +310,7 @@ class Tap(Grid):
         local, metrics = self.job.client.local, reply.content.metric_records["metrics"]
         arrays = reply.content.array_records["arrays"]
         if local.kind == "gradient":
-            arrays = _record(weights_after(self.model, self._update(reply), local.lr))
+            arrays = _record(weights_after(self.model, self._update(reply, self.model), local.lr))
         reply.content = RecordDict({"arrays": arrays, "metrics": metrics})
 
     def _clients(self) -> dict[int, int]:
@@ -288,26 +322,33 @@ class Tap(Grid):
         client_of = {n: _integer(t, "partition-id") for n, t in zip(nodes, told, strict=True)}
         return dict(sorted(client_of.items(), key=lambda pair: pair[1]))
 
-    def _deliver(self, messages: Sequence[Message], round: int | None) -> list[Message]:
-        """The replies to `messages`, in their order. Raises ClientFailed at the first bad one."""
+    def _deliver(
+        self, messages: Sequence[Message], round: int | None, got: Sequence[nn.Module] = ()
+    ) -> list[Message]:
+        """The replies to `messages`, in their order. Raises ClientFailed at the first bad one.
+
+        A reply has to hold the parameters of the model that its message was about, one of `got`.
+        """
         ids = [str(i) for i in self.grid.push_messages(messages)]
         assert len(ids) == len(messages), "Flower took every message"
+        model_of = dict(zip(ids, got, strict=False))
         replies: dict[str, Message] = {}
         while True:
             for reply in self.grid.pull_messages([i for i in ids if i not in replies]):
-                self._check(reply, round)
-                replies[reply.metadata.reply_to_message_id] = reply
+                asked = reply.metadata.reply_to_message_id
+                self._check(reply, round, model_of.get(asked))
+                replies[asked] = reply
             if len(replies) == len(ids):
                 return [replies[i] for i in ids]
             self._pause()
 
-    def _check(self, reply: Message, round: int | None) -> None:
+    def _check(self, reply: Message, round: int | None, model: nn.Module | None) -> None:
         client = None if round is None else self.client_of[reply.metadata.src_node_id]
         if reply.has_error():
             raise ClientFailed(client, round, reply.error.reason or "it gave no reason")
-        if round is not None:
+        if model is not None:
             arrays = reply.content.array_records.get("arrays", {})
-            if set(arrays) != set(parameters(self.model)):
+            if set(arrays) != set(parameters(model)):
                 got = ", ".join(arrays) or "nothing"
                 raise ClientFailed(client, round, f"its reply must hold every parameter, got {got}")
 

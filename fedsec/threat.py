@@ -35,10 +35,21 @@ def _stacked(updates: Sequence[Update]) -> Update:
 
 
 def _model(stack: Stack):
-    model = copy.deepcopy(stack[0].model)
+    return _frozen(stack[0].model)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    model = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
+
+
+def _queries(stack: Stack) -> list[tuple[nn.Module, Update]]:
+    return [
+        (_frozen(model), _without_buffers(_stacked([e.queries[i][1] for e in stack])))
+        for i, (model, _) in enumerate(stack[0].queries)
+    ]
 
 
 def _aggregate(stack: Stack) -> Update:
@@ -105,7 +116,11 @@ FACTS: dict[str, Callable[[Stack], object]] = {
     "candidates": lambda stack: torch.stack(
         [pool.images for pool in _pool(stack, "candidates")]
     ).clone(),
+    # further models that a malicious server sent, each with the updates on it, as `update`
+    "queries": _queries,
 }
+# What an adversary that replaces the model knows when it makes the one that it sends.
+BEFOREHAND = ("count", "shape", "mode", "data_range", "local", "defense", "aux")
 
 
 class Observation:
@@ -145,6 +160,7 @@ class ThreatModel:
 
     grants: tuple[str, ...]  # names of FACTS
     name: str = "custom"  # how the report calls it
+    tampers: bool = False  # may an attack replace the model that an attacked client gets?
 
     def __post_init__(self):
         require(len(self.grants) > 0, "grants", "must name at least one fact", self.grants)
@@ -169,14 +185,38 @@ class ThreatModel:
             model.train()  # its flag would tell; clients mostly train
         return Observation(self.name, facts)
 
+    def foresee(self, blank: Exchange) -> Observation:
+        """The granted facts that are known before an exchange: those of BEFOREHAND.
 
-def admit(attack: str, needs: frozenset[str], threat: ThreatModel, presets: dict[str, ThreatModel]):
+        `blank` is the exchange to come, with nothing private in it: no image, label or update.
+        """
+        assert len(blank.update.tensors) == 0
+        assert not blank.batch.images.any()
+        known = (fact for fact in BEFOREHAND if fact in self.grants)
+        return Observation(self.name, {fact: FACTS[fact]([blank]) for fact in known})
+
+
+def admit(
+    attack: str,
+    needs: frozenset[str],
+    threat: ThreatModel,
+    presets: dict[str, ThreatModel],
+    tampers: bool = False,
+):
     """Refuse an attack that needs what the threat model withholds, and name a way out."""
     missing = _missing(needs, threat)
+    able = [
+        name
+        for name, preset in presets.items()
+        if not _missing(needs, preset) and (preset.tampers or not tampers)
+    ]
+    if tampers and not threat.tampers:
+        way = f"use threat={' or threat='.join(able)}" if able else "add threat.tampers=true"
+        rule = f"attack={attack} replaces the model that the client gets; {way}"
+        raise Refused("threat", rule, f"{threat.name}, which does not tamper")
     if not missing:
         return
-    enough = [name for name, preset in presets.items() if not _missing(needs, preset)]
-    way = f"use threat={' or threat='.join(enough)}" if enough else f"add threat.grants={missing}"
+    way = f"use threat={' or threat='.join(able)}" if able else f"add threat.grants={missing}"
     what = ", ".join(f"'{m}'" for m in missing)
     raise Refused(
         "threat",

@@ -78,6 +78,8 @@ class Exchange:
     history: tuple[Update, ...] = ()  # the same client's earlier tapped updates
     aux: Batch | None = None  # public images of the same kind
     candidates: Batch | None = None  # a pool that holds the private images
+    queries: tuple[tuple[nn.Module, Update], ...] = ()  # a malicious server's further models, and
+    # what the client answered on the same images
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import gzip
 import pickle
 import struct
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,13 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from fedsec import config
+from fedsec.attack import crafted
 from fedsec.checks import Refused
 from fedsec.client import Gradient, mean_gradient
 from fedsec.data import Npz
 from fedsec.defense import Defense
 from fedsec.federation import Federation, Job, federate, summed
-from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec
+from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ViTSpec
 from fedsec.rng import stream
 from fedsec.run import CONFIGS
 from fedsec.threat import FACTS, ThreatModel
@@ -108,6 +110,7 @@ def admitting(attack) -> list[str]:
         t
         for t in named
         if all(any(f in grants(t) for f in need.split("|")) for need in attack.needs)
+        and (preset("threat", t).tampers or not attack.tampers)
     ]
 
 
@@ -122,7 +125,7 @@ def suits(attack, spec) -> bool:
 @pytest.mark.parametrize("name", options("attack"))
 def test_every_attack_runs(ran, name):
     attack = preset("attack", name)
-    suited = [] if suits(attack, LeNetSpec()) else ["model=mlp", "model.hidden=[16]"]
+    suited = WORDS[nets(attack)[0]]
     steps = 2 if "steps" in vars(attack) else 0
     folder = ran(f"attack={name}", f"threat={admitting(attack)[0]}", *suited, steps=steps)
     assert [row["attack"] for row in tiny.rows(folder)] == [name] * 4
@@ -292,6 +295,13 @@ NETS = {
     "lenet": LeNetSpec(),
     "convnet": ConvNetSpec(width=2),  # BatchNorm in train mode
     "mlp": MLPSpec(hidden=(16,)),
+    "vit": ViTSpec(width=48, depth=2),  # as many features as pixels of a patch
+}
+WORDS = {  # the same on the command line
+    "lenet": [],
+    "convnet": ["model=convnet", "model.width=2"],
+    "mlp": ["model=mlp", "model.hidden=[16]"],
+    "vit": ["model=vit", "model.width=48", "model.depth=2"],
 }
 
 
@@ -300,13 +310,28 @@ def dataset(tmp_path_factory):
     return Npz(path=str(tiny.npz(tmp_path_factory.mktemp("data")))).load()
 
 
+def craft_for(attack, threat, batch, public, model, round=0):
+    """What an attack that tampers sends instead of `model` under a threat model."""
+    local, mode = Local("gradient", 0.1, 1, batch), "train" if model.training else "eval"
+    nobody = Batch(torch.zeros(batch, *SHAPE), torch.zeros(batch, CLASSES_OF))
+    blank = Exchange(round, (), model, mode, Update({}, {}, 0), nobody, nobody, local, Defense(),
+                     aux=public)  # fmt: skip
+    return crafted(attack, threat or ThreatModel(grants=("count", "shape")), blank,
+                   stream(0, "craft"))[0]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def exchanges(dataset):
-    """Three real exchanges of one round on a network, and public images; memoised."""
+    """Three real exchanges of one round on a network, and public images; memoised.
+
+    Of an attack that tampers they are about the models that it crafts under its `threat`.
+    """
     kept: dict[tuple, list[Exchange]] = {}
 
-    def of(net: str, batch: int = 1) -> list[Exchange]:
-        if (net, batch) not in kept:
+    def of(net: str, batch: int = 1, attack=None, threat=None) -> list[Exchange]:
+        attack = attack if attack is not None and attack.tampers else None
+        key = (net, batch, attack, threat and attack and threat.grants)
+        if key not in kept:
             probes = tuple((c, tuple(range(c * batch, (c + 1) * batch))) for c in range(3))
             job = Job(
                 dataset=None, model=NETS[net], client=Gradient(lr=0.1, batch=4),
@@ -316,11 +341,12 @@ def exchanges(dataset):
                 defense=Defense(), clients=3, rounds=0, seed=0, attack_rounds=(0,), probes=probes,
             )  # fmt: skip
             public = dataset.test.batch(range(8), dataset.classes)
-            kept[net, batch] = [
+            craft = attack and partial(craft_for, attack, threat, batch, public)
+            kept[key] = [
                 replace(e, aux=public, candidates=dataset.train.batch(range(12), dataset.classes))
-                for e in federate(job, dataset, lambda *_: None).exchanges
+                for e in federate(job, dataset, lambda *_: None, craft).exchanges
             ]
-        return kept[net, batch]
+        return kept[key]
 
     return of
 
@@ -332,7 +358,9 @@ def short(name: str):
 
 
 def nets(attack) -> list[str]:
-    return [n for n in ("lenet", "convnet", "mlp") if suits(attack, NETS[n])]
+    """Small networks that an attack works on; peculiar ones only where it works on no others."""
+    usual = [n for n in ("lenet", "convnet", "mlp") if suits(attack, NETS[n])]
+    return usual or [n for n in NETS if suits(attack, NETS[n])]
 
 
 def attacked(attack, threat: ThreatModel, stack: list[Exchange], seed: int = 0) -> Reconstruction:
@@ -369,7 +397,7 @@ def grids():
 @pytest.mark.parametrize("batch", [1, 2])
 def test_an_attack_works_under_every_threat_model_that_admits_it(exchanges, name, threat, batch):
     attack, model = short(name), preset("threat", threat)
-    stack = exchanges(nets(attack)[0], batch)
+    stack = exchanges(nets(attack)[0], batch, attack, model)
     if model.sums_only:
         stack = summed(stack, 3)
     check(attacked(attack, model, stack), len(stack), len(stack[0].batch))
@@ -381,7 +409,7 @@ def test_an_attack_needs_nothing_beyond_what_it_declares(exchanges, name, either
     attack = short(name)
     assert all(fact in FACTS for need in attack.needs for fact in need.split("|"))
     least = tuple(sorted(need.split("|")[either * need.count("|")] for need in attack.needs))
-    stack = exchanges(nets(attack)[0])
+    stack = exchanges(nets(attack)[0], 1, attack, ThreatModel(grants=least))
     stack = summed(stack, 3) if "aggregate" in least else stack
     check(attacked(attack, ThreatModel(grants=least), stack), len(stack), len(stack[0].batch))
 
@@ -389,7 +417,7 @@ def test_an_attack_needs_nothing_beyond_what_it_declares(exchanges, name, either
 @pytest.mark.parametrize("name", options("attack"))
 def test_an_attack_repeats_with_its_streams_and_only_with_them(exchanges, name):
     attack, threat = short(name), preset("threat", admitting(short(name))[0])
-    stack = exchanges(nets(attack)[0])
+    stack = exchanges(nets(attack)[0], 1, attack, threat)
     first, again, other = (attacked(attack, threat, stack, seed) for seed in (0, 0, 1))
     for one, two in zip(tensors(first), tensors(again), strict=True):
         assert torch.equal(one, two)
@@ -401,8 +429,10 @@ def test_an_attack_repeats_with_its_streams_and_only_with_them(exchanges, name):
     ("name", "net"), [(n, net) for n in options("attack") for net in nets(short(n))]
 )
 def test_an_attack_changes_neither_the_victim_nor_what_it_sees(exchanges, name, net):
-    attack, stack = short(name), exchanges(net)
-    seen = preset("threat", admitting(attack)[0]).observe(stack)
+    attack = short(name)
+    threat = preset("threat", admitting(attack)[0])
+    stack = exchanges(net, 1, attack, threat)
+    seen = threat.observe(stack)
     models = [stack[0].model, seen.model]
     before = [{k: t.clone() for k, t in m.state_dict().items()} for m in models]
     update = {k: t.clone() for k, t in seen.update.tensors.items()}
@@ -421,16 +451,21 @@ def test_an_attack_changes_neither_the_victim_nor_what_it_sees(exchanges, name, 
 def doubles(dataset):
     """Exchanges of one network in double precision, where rounding does not decide a path."""
 
-    def of(net: str) -> list[Exchange]:
+    def of(net: str, attack, threat) -> list[Exchange]:
         rng = stream(0, "model")
         model = NETS[net].build(SHAPE, CLASSES_OF, dataset.mean, dataset.std, rng).double()
+        model, *others = craft_for(attack, threat, 1, None, model) if attack.tampers else (model,)
         stack = []
         for i in range(3):
             some = dataset.train.batch([i], CLASSES_OF)
             batch = Batch(some.images.double(), some.targets.double(), some.index)
             update = Update(mean_gradient(model, batch), {}, 1)
             local, mode = Local("gradient", 0.1, 1, 1), "train"
-            stack.append(Exchange(0, (i,), model, mode, update, batch, batch, local, Defense()))
+            one = Exchange(0, (i,), model, mode, update, batch, batch, local, Defense())
+            pool = dataset.train.batch(range(12), CLASSES_OF)
+            pool = Batch(pool.images.double(), pool.targets.double())
+            queries = tuple((m, Update(mean_gradient(m, batch), {}, 1)) for m in others)
+            stack.append(replace(one, aux=pool, candidates=pool, queries=queries))
         return stack
 
     return of
@@ -439,7 +474,7 @@ def doubles(dataset):
 @pytest.mark.parametrize("name", options("attack"))
 def test_a_stack_in_double_gives_what_its_victims_give_alone(doubles, name):
     attack, threat = short(name), preset("threat", admitting(short(name))[0])
-    stack = doubles(nets(attack)[0])
+    stack = doubles(nets(attack)[0], attack, threat)
     together = attacked(attack, threat, stack)
     check(together, 3, 1, torch.float64)
     for i, exchange in enumerate(stack):

@@ -1,0 +1,119 @@
+"""Fishing for User Data in Large-Batch Federated Learning via Gradient Magnification."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fedsec import cuts, engine, labels, neurons
+from fedsec.attack import Attack
+from fedsec.checks import Refused, require
+from fedsec.models import last_linear
+from fedsec.rng import stream
+from fedsec.threat import Observation
+from fedsec.types import Reconstruction, Update
+
+SHARP = 3000.0  # logits of the fishing class for one deviation of the feature
+PUBLIC = 512  # images that the feature's quantiles are taken from, where nothing public is granted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fishing(Attack):
+    """One image's gradient out of a batch's, by a last layer of one's own (Wen et al. 2022).
+
+    The last layer answers only to one class, whose logit is a steep step of one feature, at a cut.
+    At a cut beyond all features only images of that class pass anything back: class fishing
+    (section 3.2), enough where the batch holds one of them. A lower cut adds whatever lies above it
+    (feature fishing, section 3.3), so the updates at two cuts differ by the images between them, of
+    all classes, and the last layer's bias counts these. Where it counts one, the difference is that
+    image's gradient, and is matched as in `attack=inverting`, for all such images together.
+
+    The paper bisects on the answers, without a bound; here `queries` cuts are sent at once, at
+    quantiles of the feature (a random direction, not one unit) on the public images of `aux`, or
+    else on noise with the spectrum of photographs. Images that share a feature are never parted:
+    it ends, and says so.
+    """
+
+    queries: int  # models sent to one client, >= 1; 1: class fishing only
+    steps: int  # of the matching, >= 1
+    lr: float  # length of a step, in normalised pixels, > 0
+    tv: float  # weight of the total variation of normalised pixels, >= 0
+
+    needs = frozenset({"model", "update", "queries", "count", "shape", "data_range"})
+
+    def __post_init__(self):
+        require(self.queries >= 1, "queries", "must be at least 1", self.queries)
+        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
+        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
+        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
+
+    @property
+    def evaluations(self):
+        return self.steps
+
+    def check(self, model: nn.Module) -> None:
+        name, layer = last_linear(model)
+        require(
+            layer.bias is not None, "model", "attack=fishing needs a last layer with bias", name
+        )
+        if neurons.coupled(model):
+            rule = "attack=fishing needs images that do not change each other's gradients; "
+            rule += "use model.mode=eval or another model.norm"
+            raise Refused("model", rule, "BatchNorm in train mode")
+
+    def craft(self, model, known, rng):
+        neurons.refuse_steps("fishing", known)
+        public = cuts.like_photographs(model.get_submodule("normalise"), known.shape, PUBLIC, rng)
+        public = known.aux.images if "aux" in known.grants else public
+        features = cuts.features(model, public)
+        along = torch.randn(features.shape[1], generator=rng).to(features)
+        fished = int(torch.randint(last_linear(model)[1].out_features, (), generator=rng))
+        feature = features @ along
+        steep = SHARP / feature.std().clamp_min(1e-12)
+        # one above all images; if there are more, one below them all, and quantiles between
+        parts = max(1, self.queries - 1)
+        at = torch.arange(1, parts, dtype=torch.float64, device=feature.device) / parts
+        inner, far = feature.double().quantile(at.flip(0)).to(feature), 100 * feature.std()
+        places = [feature.max() + far, *inner, feature.min() - far][: self.queries]
+        return tuple(cuts.answering(model, fished, steep * along, -steep * c) for c in places)
+
+    def __call__(self, seen, rngs, progress):
+        targets, spent = labels.targets_of(seen, rngs)
+        fished = int(last_linear(seen.model)[1].weight.abs().sum(1).argmax())
+        caught = [cuts.caught(seen, v, fished) for v in range(len(rngs))]
+        owners = [v for v, updates in enumerate(caught) for _ in updates]
+        images = targets.new_full((len(rngs), seen.count, *seen.shape), 0.5)
+        images = images.to(next(seen.model.parameters()).dtype)
+        loss, steps = torch.ones(len(rngs)).to(images), torch.zeros(len(rngs), dtype=torch.long)
+        gflop = torch.full((len(rngs),), float(spent), dtype=torch.float64)
+        rest = "the others are grey: no two cuts parted them from each other"
+        said = [f"{len(c)} of {seen.count} images were fished; {rest}" for c in caught]
+        flags: list[tuple[str, ...]] = [(word,) for word in said]
+        if owners:
+            single = [u for updates in caught for u in updates]
+            update = Update({k: torch.stack([u[k] for u in single]) for k in single[0]}, {}, 1)
+            facts = {"model": seen.model, "update": update, "count": 1, "shape": seen.shape,
+                     "data_range": seen.data_range}  # fmt: skip
+            one_hot = torch.eye(targets.shape[-1]).to(images)[fished].expand(len(owners), 1, -1)
+            own = [
+                stream(rngs[v].initial_seed(), owners[:i].count(v)) for i, v in enumerate(owners)
+            ]
+            found = engine.match(
+                Observation("fishing", facts), one_hot, self._search, own, progress
+            )
+            for v in set(owners):
+                mine = [i for i, owner in enumerate(owners) if owner == v]
+                images[v, : len(mine)] = found.images[mine, 0]
+                loss[v], steps[v] = found.loss[mine].mean(), found.steps[mine].max()
+                gflop[v] += found.gflop[mine].sum()
+                flags[v] += tuple(sorted({flag for i in mine for flag in found.flags[i]}))
+        return Reconstruction(images, targets.argmax(-1), loss, steps, gflop, tuple(flags))
+
+    @property
+    def _search(self) -> engine.Search:
+        return engine.Search(
+            distance=engine.cosine, priors=((self.tv, engine.total_variation),),
+            rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)), schedule=engine.anneal(self.steps),
+            steps=self.steps, spread=0.1, spectrum=engine.PHOTOGRAPHS, boxed=True, direction=True,
+        )  # fmt: skip
