@@ -21,16 +21,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from fedsec import sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
+from fedsec.defense import Defense, clips
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Local, Reconstruction, Tensors, Update
 from fedsec.unroll import Distance, Unrolled
 
 Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar
 Schedule = Callable[[int], float]  # step -> factor on the step length
+PHOTOGRAPHS = 1.25  # power of a `Spectrum`; that of photographs falls with 1 to 1.5
 EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
 FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 
@@ -38,19 +41,27 @@ FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 # ---- the update that a batch would cause --------------------------------------------------------
 
 
+PerExample = Callable[[Tensors], Tensors]  # examples' gradients [n, *parameter], before and after
+
+
 def simulate(
-    model: nn.Module, images: Float[Tensor, "b c h w"], targets: Float[Tensor, "b k"], local: Local
+    model: nn.Module,
+    images: Float[Tensor, "b c h w"],
+    targets: Float[Tensor, "b k"],
+    local: Local,
+    per_example: PerExample | None = None,
 ) -> Tensors:
     """The update that a client with this batch would send, differentiable in both arguments.
 
     One gradient of the mean loss, or weights before - after `local.steps` steps over consecutive
     chunks of the batch; with `local.parts`, the mean over clients that hold consecutive parts of
-    it. Works on one lane; `vmap` it for several. The model is not changed.
+    it. Works on one lane; `vmap` it for several. The model is not changed. `per_example` is what a
+    client does with each example's gradient before it takes the mean.
     """
     if local.parts:
         alone = replace(local, parts=())
         shares = zip(images.split(local.parts), targets.split(local.parts), strict=True)
-        updates = [simulate(model, x, t, alone) for x, t in shares]
+        updates = [simulate(model, x, t, alone, per_example) for x, t in shares]
         weights = [n / sum(local.parts) for n in local.parts]
         return {
             k: torch.stack([w * u[k] for w, u in zip(weights, updates, strict=True)]).sum(0)
@@ -62,15 +73,41 @@ def simulate(
     def loss(weights: Tensors, x: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(functional_call(model, weights, (x,)), t)
 
+    def gradient_at(weights: Tensors, x: Tensor, t: Tensor) -> Tensors:
+        if per_example is None:
+            return grad(loss)(weights, x, t)
+        each = vmap(lambda image, target: grad(loss)(weights, image[None], target[None]))(x, t)
+        return {k: g.mean(0) for k, g in per_example(each).items()}
+
     if local.kind == "gradient":
-        return grad(loss)(before, images, targets)
+        return gradient_at(before, images, targets)
     weights = before
     size = min(local.batch or len(images), len(images))
     chunks = list(zip(images.split(size), targets.split(size), strict=True))
     for step in range(local.steps):
-        gradient = grad(loss)(weights, *chunks[step % len(chunks)])
+        gradient = gradient_at(weights, *chunks[step % len(chunks)])
         weights = {k: w - local.lr * gradient[k] for k, w in weights.items()}
     return {k: before[k] - weights[k] for k in before}
+
+
+def surrogate(
+    model: nn.Module,
+    images: Float[Tensor, "b c h w"],
+    targets: Float[Tensor, "b k"],
+    update: Tensors,
+    share: Tensor,
+) -> Tensors:
+    """The gradient at weights before - `share` x update: somewhere on a client's way (SME).
+
+    Zhu et al. 2023, "Surrogate model extension", section 3: there is a point between the weights
+    before and after local training whose gradient points almost along the whole update.
+    """
+    weights = {k: p.detach() - share * update[k] for k, p in model.named_parameters()}
+
+    def loss(weights: Tensors) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (images,)), targets)
+
+    return grad(loss)(weights)
 
 
 # ---- distances and priors -----------------------------------------------------------------------
@@ -89,6 +126,12 @@ def squared(guess: Tensors, observed: Tensors) -> Tensor:
     return torch.stack([(guess[k] - observed[k]).square().sum() for k in observed]).sum()
 
 
+def relative(guess: Tensors, observed: Tensors) -> Tensor:
+    """`squared`, in multiples of the observed update's squared length."""
+    whole = torch.stack([observed[k].square().sum() for k in observed]).sum()
+    return squared(guess, observed) / whole.clamp_min(1e-30)
+
+
 def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
     """Mean absolute difference of neighbouring pixels, down plus across (anisotropic)."""
     down = (images[..., 1:, :] - images[..., :-1, :]).abs()
@@ -96,8 +139,20 @@ def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
     return sum(d.sum() / max(1, d.numel()) for d in (down, across))  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Informed:
+    """A prior that is told something of each victim."""
+
+    of: Callable[[Float[Tensor, "b c h w"], Tensors], Tensor]  # one lane's images, facts -> scalar
+    facts: Tensors  # of each victim: the leading axis
+
+
 # distances that the sweeps know from inner products alone; any other goes through autograd
-INNER: dict[Distance, sweeps.Inner] = {cosine: sweeps.COSINE, squared: sweeps.SQUARED}
+INNER: dict[Distance, sweeps.Inner] = {
+    cosine: sweeps.COSINE,
+    squared: sweeps.SQUARED,
+    relative: sweeps.RELATIVE,
+}
 
 
 # ---- step rules ---------------------------------------------------------------------------------
@@ -121,10 +176,16 @@ class StepRule(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Adam(StepRule):
-    """Adam (Kingma and Ba 2015); `signed` replaces the gradient by its sign first."""
+    """Adam (Kingma and Ba 2015); `signed` replaces the gradient by its sign first.
+
+    `soft` is between: tanh(s g / rms) / s, whose s falls from 1 to 0 over so many steps.
+    """
 
     lr: float
     signed: bool = False
+    soft: int = (
+        0  # steps of a run over which tanh of gradient / rms fades from sign to the gradient
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -133,6 +194,10 @@ class Adam(StepRule):
 
     def step(self, gradient, state, step, scale):
         gradient = gradient.sign() if self.signed else gradient
+        if self.soft:
+            share = max(1 - step / self.soft, 1e-3)
+            unit = gradient / gradient.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
+            gradient = (share * unit).tanh() / share
         first, second = self.betas
         mean = state["mean"].lerp(gradient, 1 - first)
         square = state["square"].lerp(gradient.square(), 1 - second)
@@ -156,7 +221,10 @@ class LBFGS(StepRule):
         return {
             "moves": x.new_zeros(lanes, 0, width),
             "turns": x.new_zeros(lanes, 0, width),
-            "weights": x.new_zeros(lanes, 0),
+            "products": x.new_zeros(lanes, 0, 0),  # move i times turn j
+            "squares": x.new_zeros(lanes, 0, 0),  # turn i times turn j
+            "kept": x.new_zeros(lanes, 0),  # the step at which a pair was kept; 0: none was
+            "next": torch.zeros(lanes, dtype=torch.long, device=x.device),  # where one will be
             "scale": x.new_ones(lanes),
             "gradient": torch.zeros_like(x),
             "move": torch.zeros_like(x),
@@ -165,7 +233,7 @@ class LBFGS(StepRule):
     def step(self, gradient, state, step, scale):
         state = dict(state)
         if step > 0:
-            self._remember(state, gradient)
+            self._remember(state, gradient, step)
         direction = self._direction(gradient, state)
         slope = (gradient * direction).sum(1)
         size = torch.full_like(slope, self.lr * scale)
@@ -176,37 +244,64 @@ class LBFGS(StepRule):
         state |= {"gradient": gradient, "move": move}
         return move, state, stuck
 
-    def _remember(self, state: State, gradient: Tensor) -> None:
-        turn, move = gradient - state["gradient"], state["move"]
+    def _remember(self, state: State, gradient: Tensor, step: int) -> None:
+        """Keep the last move and turn of each lane where they curve up, instead of the oldest."""
+        if state["kept"].shape[1] < self.history:
+            for name in ("moves", "turns"):
+                state[name] = F.pad(state[name], (0, 0, 0, 1))
+            for name in ("products", "squares"):
+                state[name] = F.pad(state[name], (0, 1, 0, 1))
+            state["kept"] = F.pad(state["kept"], (0, 1))
+        else:
+            state |= {k: state[k].clone() for k in ("products", "squares", "kept")}
+        turn, move, at = gradient - state["gradient"], state["move"], state["next"]
+        lane = torch.arange(len(at), device=at.device)
         curvature = (turn * move).sum(1)
         keep = curvature > 1e-10
 
-        def pushed(kept: Tensor, new: Tensor) -> Tensor:
-            # a lane that keeps nothing shifts nothing: its oldest slot grows an empty one in front
-            longer = torch.cat([kept, new[:, None]], 1)
-            same = torch.cat([torch.zeros_like(new[:, None]), kept], 1)
-            pick = keep.view(-1, *[1] * (kept.dim() - 1))
-            return torch.where(pick, longer, same)[:, -self.history :]
+        def put(name: str, where: tuple, new: Tensor) -> None:
+            pick = keep.view(-1, *[1] * (new.dim() - 1))
+            state[name][where] = torch.where(pick, new, state[name][where])
 
-        state["moves"] = pushed(state["moves"], move)
-        state["turns"] = pushed(state["turns"], turn)
-        state["weights"] = pushed(state["weights"], 1 / curvature)
-        fresh = curvature / turn.square().sum(1)
-        state["scale"] = torch.where(keep, fresh, state["scale"])
+        put("moves", (lane, at), move)
+        put("turns", (lane, at), turn)
+        put("products", (lane, slice(None), at), (state["moves"] @ turn[..., None])[..., 0])
+        put("products", (lane, at), (state["turns"] @ move[..., None])[..., 0])
+        squares = (state["turns"] @ turn[..., None])[..., 0]
+        put("squares", (lane, slice(None), at), squares)
+        put("squares", (lane, at), squares)
+        put("kept", (lane, at), torch.full_like(curvature, step))
+        state["next"] = torch.where(keep, (at + 1) % self.history, at)
+        state["scale"] = torch.where(keep, curvature / turn.square().sum(1), state["scale"])
 
     def _direction(self, gradient: Tensor, state: State) -> Tensor:
-        """The two-loop recursion; an empty slot has weight zero and changes nothing."""
-        moves, turns, weights = state["moves"], state["turns"], state["weights"]
-        q, alphas = -gradient, []
-        for i in reversed(range(weights.shape[1])):
-            alpha = (moves[:, i] * q).sum(1) * weights[:, i]
-            q = q - alpha[:, None] * turns[:, i]
-            alphas.append(alpha)
-        q = q * state["scale"][:, None]
-        for i, alpha in enumerate(reversed(alphas)):
-            beta = (turns[:, i] * q).sum(1) * weights[:, i]
-            q = q + (alpha - beta)[:, None] * moves[:, i]
-        return q
+        """Minus the inverse Hessian times the gradient, in its compact form.
+
+        Byrd, Nocedal and Schnabel 1994, theorem 2.2, equal to the two-loop recursion. A place where
+        nothing was kept has zero products, and a one on the diagonal of R.
+        """
+        kept, scale = state["kept"], state["scale"].double()[:, None]
+        order = kept.argsort(1)
+
+        def sorted_by_age(square: Tensor) -> Tensor:
+            rows = square.double().gather(1, order[..., None].expand_as(square))
+            return rows.gather(2, order[:, None].expand_as(square))
+
+        with_moves = (state["moves"] @ gradient[..., None])[..., 0].double().gather(1, order)
+        with_turns = (state["turns"] @ gradient[..., None])[..., 0].double().gather(1, order)
+        products = sorted_by_age(state["products"])
+        empty = torch.diag_embed((kept.gather(1, order) == 0).double())
+        upper = products.triu() + empty
+        curvature = products.diagonal(dim1=1, dim2=2)
+        u = torch.linalg.solve_triangular(upper, with_moves[..., None], upper=True)
+        right = curvature * u[..., 0] + scale * (sorted_by_age(state["squares"]) @ u)[..., 0]
+        right = (right - scale * with_turns)[..., None]
+        top = torch.linalg.solve_triangular(upper.mT, right, upper=False)
+        back = order.argsort(1)
+        of_moves = top[..., 0].gather(1, back).to(gradient.dtype)
+        of_turns = (scale * u[..., 0]).gather(1, back).to(gradient.dtype)
+        bent = (of_moves[:, None] @ state["moves"] - of_turns[:, None] @ state["turns"])[:, 0]
+        return -(state["scale"][:, None] * gradient + bent)
 
 
 def constant(step: int) -> float:
@@ -221,6 +316,11 @@ def decay(steps: int) -> Schedule:
 def anneal(steps: int) -> Schedule:
     """Half a cosine, from the whole step length to none (Loshchilov and Hutter 2017)."""
     return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def warmed(schedule: Schedule, steps: int) -> Schedule:
+    """`schedule`, that rises from nothing over the first steps."""
+    return lambda step: min(1.0, (step + 1) / max(1, steps)) * schedule(step)
 
 
 class Spectrum:
@@ -267,9 +367,13 @@ class Search:
     rule: StepRule
     steps: int
     schedule: Schedule = constant
-    priors: tuple[tuple[float, Prior], ...] = ()
+    priors: tuple[tuple[float, Prior | Informed], ...] = ()
+    group: float = 0.0  # weight of a restart's mean squared distance from its victim's mean one
     restarts: int = 1
+    copies: int = 1  # of the victim's images that a lane holds, one after the other
+    surrogate: bool = False  # match a gradient between the weights before and after the update
     spread: float = 1.0  # standard deviation of the pixels of a start
+    tile: int = 0  # pixels of the square that a start repeats; 0: none
     spectrum: float | None = None  # power of the `Spectrum` that steps are taken in; None: pixels
     boxed: bool = False  # keep pixels in the data range after every step
     enough: float = 0.0  # an objective at or below this ends the lane
@@ -445,6 +549,7 @@ def _place(lanes: _Lanes, progress: Progress | Told, starts: Tensor) -> Place:
         return Place()
     targets, model = lanes.targets, lanes.model
     inputs = [starts, *lanes.observed.values(), *model.state_dict().values()]
+    inputs += [fact for p in lanes.informed for fact in p.facts.values()]
     return progress.place(lanes.said(), inputs if targets is None else [*inputs, targets])
 
 
@@ -452,6 +557,8 @@ def _described(part: object) -> str:
     """The same text in every process: a function by where it stands and what it closes over."""
     if isinstance(part, tuple):
         return f"({', '.join(map(_described, part))})"
+    if isinstance(part, Informed):
+        return _described(part.of)
     if not isinstance(part, FunctionType):
         return repr(part)
     held = [repr(cell.cell_contents) for cell in part.__closure__ or ()]
@@ -464,6 +571,9 @@ class _Lanes:
     def __init__(self, seen: Observation, targets: Tensor | None, search: Search):
         update = seen.update if "update" in seen.grants else seen.aggregate
         self.observed: Tensors = update.tensors
+        self.masked, self.per_example = False, None
+        if "defense" in seen.grants:
+            self._know(seen.defense, update, search)
         if search.direction:  # an update scaled to nothing still points somewhere
             squares = [t.double().flatten(1).square().sum(1) for t in self.observed.values()]
             length = torch.stack(squares).sum(0).sqrt()
@@ -472,13 +582,15 @@ class _Lanes:
                 k: (t / length.view(-1, *[1] * (t.dim() - 1))).to(t.dtype)
                 for k, t in self.observed.items()
             }
-        self.search, self.model, self.targets = search, seen.model, targets
+        self.search, self.model = search, seen.model
+        self.targets = None if targets is None else targets.repeat(1, search.copies, 1)
+        self.informed = [p for _, p in search.priors if isinstance(p, Informed)]
         self.local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
         self.one_gradient = self.local.kind == "gradient" and not self.local.parts
         self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.image = (seen.count, *seen.shape)
+        self.image = (seen.count * search.copies, *seen.shape)
         self.pixels = torch.Size(self.image).numel()
         normalise = getattr(self.model, "normalise", None)
         mean = normalise.mean if normalise is not None else torch.zeros(1)
@@ -500,6 +612,23 @@ class _Lanes:
         self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
+    def _know(self, defense: Defense, update: Update, search: Search) -> None:
+        """What the defense publishes of how it made `update`: entries it dropped, clipping."""
+        alone = [
+            Update({k: t[v] for k, t in update.tensors.items()}, {}, update.count)
+            for v in range(len(next(iter(update.tensors.values()))))
+        ]
+        masks = [defense.mask(each) for each in alone]
+        if all(mask is not None for mask in masks):
+            self.masked = True
+            self.observed = {
+                k: torch.stack([t[v] * mask[k] for v, mask in enumerate(masks) if mask])
+                for k, t in update.tensors.items()
+            }
+        one_scaled = update.count == 1 and search.distance is cosine  # its direction is the same
+        if clips(defense) and not one_scaled:
+            self.per_example = defense.per_example
+
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
         """Standard normal pixels (and label logits); a victim's restarts are consecutive rows."""
         assert len(rngs) == self.victims, "one stream for each victim"
@@ -508,7 +637,13 @@ class _Lanes:
             torch.randn(width, generator=rng) for rng in rngs for _ in range(self.search.restarts)
         ]
         x = torch.stack(rows).to(self.device, self.dtype)
-        x[:, : self.pixels] *= self.search.spread
+        pixels = self._normalised(x) * self.search.spread
+        if self.search.tile:
+            at = [torch.arange(n, device=x.device) % self.search.tile for n in self.image[-2:]]
+            pixels = pixels[..., at[0][:, None], at[1]]
+        x = torch.cat([pixels.flatten(1), x[:, self.pixels :]], 1)
+        if self.search.surrogate:
+            x = torch.cat([x, x.new_zeros(len(x), 1)], 1)
         self.gflop_step = flops_once(lambda: self._plain_step(x[:1]), self.model, self.said())
         return self.boxed(x)
 
@@ -542,9 +677,23 @@ class _Lanes:
         return torch.cat([pixels, x[:, self.pixels :]], 1)
 
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Each lane's objective [l] and its gradient [l d]: by sweeps, or unrolled, or autograd."""
+        """Each lane's objective [l] and its gradient [l d]."""
+        loss, gradient = self._matched(x, active)
+        if not self.search.group:
+            return loss, gradient
+        victim = active // self.search.restarts
+        pixels = x[:, : self.pixels]
+        sums = pixels.new_zeros(self.victims, self.pixels).index_add(0, victim, pixels)
+        lanes = pixels.new_zeros(self.victims).index_add(0, victim, torch.ones_like(loss))
+        apart = pixels - sums[victim] / lanes[victim][:, None]
+        weight = self.search.group / self.pixels
+        pull = F.pad(2 * weight * apart, (0, x.shape[1] - self.pixels))
+        return loss + weight * apart.square().sum(1), gradient + pull
+
+    def _matched(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """The same without the group: by sweeps, or unrolled, or autograd."""
         by_hand = self.swept if self.one_gradient else self.unrolled
-        if by_hand is None:
+        if by_hand is None or self.search.surrogate or self.masked or self.per_example:
             return self.by_autograd(x, active)
         if self.asked[0] is not active:  # a list costs a synchronisation: one when lanes retire
             self.asked = (active, (active // self.search.restarts).tolist())
@@ -557,7 +706,7 @@ class _Lanes:
         loss, of_images, of_targets = by_hand(images, targets, self.asked[1])
         gradient = of_images * self.std
         if self.search.priors:
-            of_prior, prior = vmap(grad_and_value(self._prior))(pixels)
+            of_prior, prior = vmap(grad_and_value(self._prior))(pixels, self._told(active))
             loss, gradient = loss + prior, gradient + of_prior
         if self.targets is not None:
             return loss, gradient.flatten(1)
@@ -594,13 +743,19 @@ class _Lanes:
         return x[:, : self.pixels].reshape(-1, *self.image)
 
     def _logits(self, x: Tensor) -> Tensor:
-        return x[:, self.pixels :].reshape(-1, self.image[0], self.classes)
+        width = self.image[0] * self.classes
+        return x[:, self.pixels : self.pixels + width].reshape(-1, self.image[0], self.classes)
 
-    def _facts(self, active: Tensor) -> tuple[Tensor, Tensors]:
-        """What each active lane is told: its victim's targets (or none) and update."""
+    def _facts(self, active: Tensor) -> tuple[Tensor, Tensors, list[Tensors]]:
+        """What each active lane is told: its victim's targets (or none), update, and for priors."""
         victim = active // self.search.restarts
         targets = victim if self.targets is None else self.targets[victim]
-        return targets, {k: t[victim] for k, t in self.observed.items()}
+        return targets, {k: t[victim] for k, t in self.observed.items()}, self._told(active)
+
+    def _told(self, active: Tensor) -> list[Tensors]:
+        """What each informed prior is told of each active lane."""
+        victim = active // self.search.restarts
+        return [{k: t[victim] for k, t in prior.facts.items()} for prior in self.informed]
 
     def _sweeps(self) -> sweeps.LaneStep | None:
         """None where this search needs autograd."""
@@ -612,18 +767,32 @@ class _Lanes:
         except sweeps.Unsupported:
             return None
 
-    def _prior(self, pixels: Float[Tensor, "b c h w"]) -> Tensor:
+    def _prior(self, pixels: Float[Tensor, "b c h w"], told: list[Tensors]) -> Tensor:
         """One lane's priors."""
-        return torch.stack([weight * prior(pixels) for weight, prior in self.search.priors]).sum()
+        facts = iter(told)
+        each = [
+            weight * (p.of(pixels, next(facts)) if isinstance(p, Informed) else p(pixels))
+            for weight, p in self.search.priors
+        ]
+        return torch.stack(each).sum()
 
-    def _one(self, x: Float[Tensor, " d"], targets: Tensor, observed: Tensors) -> Tensor:
+    def _one(
+        self, x: Float[Tensor, " d"], targets: Tensor, observed: Tensors, told: list[Tensors]
+    ) -> Tensor:
         """One lane's objective."""
         pixels = self._normalised(x[None])[0]
         if self.targets is None:
             targets = self._logits(x[None])[0].softmax(-1)
-        update = simulate(self.model, pixels * self.std + self.mean, targets, self.local)
+        images = pixels * self.std + self.mean
+        if self.search.surrogate:
+            share = (0.5 + x[-1] / 100).clamp(0, 1)  # a step is a hundredth of one in pixels
+            update = surrogate(self.model, images, targets, observed, share)
+        else:
+            update = simulate(self.model, images, targets, self.local, self.per_example)
+        if self.masked:  # a zero that was sent says as little as one that was dropped
+            update = {k: torch.where(observed[k] != 0, u, 0) for k, u in update.items()}
         loss = self.search.distance(update, observed)
-        return loss + self._prior(pixels) if self.search.priors else loss
+        return loss + self._prior(pixels, told) if self.search.priors else loss
 
     def _plain_step(self, x: Tensor) -> None:
         """The first lane's step as a plain double backward, so that its arithmetic can be counted.
@@ -631,9 +800,15 @@ class _Lanes:
         Records state this count, whatever computes the step and however many lanes share it; the
         sweeps do the same with less, and unrolling with more.
         """
-        pixels = self._normalised(x)[0]
-        targets = self._logits(x).softmax(-1) if self.targets is None else self.targets
-        self.unrolled.plain_step(pixels * self.std + self.mean, targets[0])
         self.outward(self.inward(x))
+        facts = self._facts(torch.zeros(1, dtype=torch.long, device=x.device))
+        targets, observed, told = tree_map(lambda t: t[0], facts)
+        if self.search.surrogate:
+            grad(self._one)(x[0], targets, observed, told)
+            return
+        pixels = self._normalised(x)[0]
+        if self.targets is None:
+            targets = self._logits(x)[0].softmax(-1)
+        self.unrolled.plain_step(pixels * self.std + self.mean, targets)
         if self.search.priors:
-            grad(self._prior)(pixels)
+            grad(self._prior)(pixels, told)

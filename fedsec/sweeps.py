@@ -62,6 +62,7 @@ class Inner:
 SQUARED = Inner(
     lambda dot, norm, target: norm - 2 * dot + target, exact=lambda v: v.square().sum(1) / 4
 )
+RELATIVE = Inner(lambda dot, norm, target: (norm - 2 * dot + target) / target.clamp_min(1e-30))
 COSINE = Inner(lambda dot, norm, target: 1 - dot / (norm * target).clamp_min(1e-30).sqrt())
 
 

@@ -215,8 +215,8 @@ def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
     # lane 0 sees the same gradient again, y = 0: no pair; lane 1 sees less of it
     second = torch.stack([first[0], 0.5 * first[1]])
     _, state, _ = rule.step(second, state, 1, 1.0)
-    assert state["weights"][0].eq(0).all()
-    assert state["weights"][1].gt(0).all()
+    assert state["kept"][0].eq(0).all()
+    assert state["kept"][1].gt(0).all()
 
 
 def test_lbfgs_says_when_it_is_stuck():
