@@ -29,6 +29,7 @@ FACTS = {
     "history": "earlier updates of the same client",
     "aux": "public images of the same kind",
     "candidates": "a pool of images that holds the private one",
+    "queries": "further models that the server sent, and the answers to them",
 }
 
 Cell = tuple[str, str]  # a value, and its interval or a remark
