@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from fedsec import engine, labels
+from fedsec import engine, labels, priors
 from fedsec.attack import Attack
 from fedsec.checks import require
 
@@ -57,7 +57,7 @@ class FedAvg(Attack):
         order = ((self.order, same_mean),) if epochs > 1 else ()
         search = engine.Search(
             distance=engine.cosine,
-            priors=((self.tv, engine.total_variation), *order),
+            priors=(*priors.smooth(seen, self.tv), *order),
             rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)),
             schedule=engine.anneal(self.steps),
             steps=self.steps,

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fedsec import engine, labels
+from fedsec import engine, labels, priors
 from fedsec.attack import Attack
 from fedsec.checks import require
 
@@ -59,7 +59,7 @@ class Inverting(Attack):
         spectral = self.rule == "spectral"
         search = engine.Search(
             distance=engine.cosine,
-            priors=((self.tv, engine.total_variation),),
+            priors=priors.smooth(seen, self.tv),
             rule=engine.Adam(
                 lr=self.lr, signed=not spectral, betas=(0.9, 0.9 if spectral else 0.999)
             ),

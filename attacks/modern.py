@@ -46,7 +46,7 @@ class Modern(Attack):
     def __call__(self, seen, rngs, progress):
         search = engine.Search(
             distance=engine.cosine,
-            priors=((self.tv, priors.double_opponents),),
+            priors=priors.smooth(seen, self.tv, priors.double_opponents),
             rule=engine.Adam(lr=self.lr, soft=self.steps),
             schedule=engine.warmed(engine.anneal(self.steps), self.warmup),
             steps=self.steps,

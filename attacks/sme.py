@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fedsec import engine, labels
+from fedsec import engine, labels, priors
 from fedsec.attack import Attack
 from fedsec.checks import require
 
@@ -42,7 +42,7 @@ class SME(Attack):
     def __call__(self, seen, rngs, progress):
         search = engine.Search(
             distance=engine.cosine,
-            priors=((self.tv, engine.total_variation),),
+            priors=priors.smooth(seen, self.tv),
             rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)),
             schedule=engine.anneal(self.steps),
             steps=self.steps,

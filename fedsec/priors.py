@@ -5,17 +5,19 @@ Each takes the images of one lane in the model's normalised coordinates, and wor
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedsec.engine import Informed
+from fedsec.engine import Informed, Prior, total_variation
 from fedsec.models import recording
 from fedsec.threat import Observation
-from fedsec.types import Tensors
+from fedsec.types import Local, Tensors
 
+NOISY = 0.4  # weight of total variation for an update that is all noise
 STATISTICS = ("inferred", "running", "exact", "none")
 Statistics = list[tuple[Float[Tensor, "v c"], Float[Tensor, "v c"]]]  # mean, biased variance
 
@@ -32,6 +34,39 @@ def double_opponents(images: Float[Tensor, "b c h w"]) -> Tensor:
     down = x[..., 1:, :-1] - x[..., :-1, :-1]
     across = x[..., :-1, 1:] - x[..., :-1, :-1]
     return (down.square() + across.square() + 1e-8).sqrt().mean()
+
+
+def smooth(
+    seen: Observation, weight: float, variation: Prior = total_variation
+) -> tuple[tuple[float, Prior | Informed], ...]:
+    """Terms of a cosine match: `weight` of `variation`, and more where noise is known to be in it.
+
+    The share r of noise in an update's squared length is known where the defense is; matching
+    it as closely as a clean one draws noise. NOISY r more of total variation was near the best of
+    six weights at five levels of noise on lenet (r from 0.02 to 0.94).
+    """
+    share = noise_share(seen)
+    terms = ((weight, variation),)
+    if share is None or not bool(share.any()):
+        return terms
+
+    def noisy(images: Tensor, facts: Tensors) -> Tensor:
+        return facts["share"] * total_variation(images)
+
+    return (*terms, (NOISY, Informed(noisy, {"share": share})))
+
+
+def noise_share(seen: Observation) -> Float[Tensor, " v"] | None:
+    """Expected squared length of the defense's noise over the update's own, in [0, 1]."""
+    if "defense" not in seen.grants:
+        return None
+    update = seen.update if "update" in seen.grants else seen.aggregate
+    local = seen.local if "local" in seen.grants else Local("gradient", 1.0, 1, seen.count)
+    deviation = math.hypot(*seen.defense.noise(local))
+    entries = sum(t[0].numel() for t in update.tensors.values())
+    squares = [t.flatten(1).square().sum(1) for t in update.tensors.values()]
+    whole = torch.stack(squares).sum(0).clamp_min(1e-30)
+    return (deviation**2 * entries / whole).clamp(max=1.0)
 
 
 def length(images: Float[Tensor, "b c h w"]) -> Tensor:

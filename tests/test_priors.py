@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from attacks.fedavg import _averaged, _epochs
 from defenses.dpsgd import DPSGD
+from defenses.noise import Noise
 from defenses.prune import Prune
 from fedsec import engine, priors
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
@@ -163,6 +164,28 @@ def test_double_opponents_count_each_edge_of_channels_and_of_their_differences()
     assert float(priors.double_opponents(x)) == pytest.approx(float(torch.stack(lengths).mean()))
     grey = priors.double_opponents(torch.rand(1, 1, 4, 4))
     assert grey > 0, "one channel has no opponents"
+
+
+def test_noise_that_the_defense_publishes_asks_for_more_smoothness():
+    model, batches = built("lenet"), [private(1, seed=v) for v in range(2)]
+    seen = observed(model, batches, local=GRADIENT)
+    assert len(priors.smooth(seen, 0.1)) == 1, "nothing is known"
+    seen._facts["defense"] = Compose((Prune(ratio=0.5),))
+    assert len(priors.smooth(seen, 0.1)) == 1, "it has no noise"
+    seen._facts["defense"] = Compose((Noise(std=0.01, distribution="laplace"),))
+    (weight, _), (more, noisy) = priors.smooth(seen, 0.1)
+    assert (weight, more) == (0.1, priors.NOISY)
+    assert isinstance(noisy, engine.Informed)
+    rows = [[t[v].flatten() for t in seen.update.tensors.values()] for v in range(2)]
+    shares = [1e-4 * len(torch.cat(row)) / torch.cat(row).square().sum() for row in rows]
+    torch.testing.assert_close(noisy.facts["share"], torch.stack(shares))
+    x = torch.randn(1, *SHAPE, dtype=torch.float64)
+    term = noisy.of(x, {"share": shares[0]})
+    torch.testing.assert_close(term, shares[0] * engine.total_variation(x))
+    seen._facts["defense"] = Noise(std=1e9, distribution="gaussian")
+    share = priors.noise_share(seen)
+    assert share is not None
+    assert share.tolist() == [1.0, 1.0]
 
 
 # ---- the group ----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from defenses.noise import Noise
 from defenses.prune import Prune
 from fedsec import config, metrics
 from fedsec.client import FedAvg, Gradient, client_streams, local_update, schedule
@@ -174,6 +175,19 @@ CLAIMS: tuple[Claim, ...] = (
             over={"without": frozenset({"defense"})},
         ),
         least=2.0,
+    ),
+    _row(
+        attack="inverting",
+        paper="Zhu et al. 2019, section 5.1: noise of 0.01 stops it",
+        setting=f"{LENET}, noise 0.1; gain of knowing the noise",
+        published="none usable: attacked as if there were none",
+        measure=partial(
+            gain,
+            attack="inverting",
+            defense=Compose((Noise(std=0.1, distribution="gaussian"),)),
+            over={"without": frozenset({"defense"})},
+        ),
+        least=4.0,
     ),
     _row(
         attack="modern",
