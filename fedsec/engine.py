@@ -10,6 +10,7 @@ update; several local steps or clients are unrolled (unroll.py); else it comes f
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -554,15 +555,22 @@ def _place(lanes: _Lanes, progress: Progress | Told, starts: Tensor) -> Place:
 
 
 def _described(part: object) -> str:
-    """The same text in every process: a function by where it stands and what it closes over."""
+    """The same text in every process: a function by where it stands and what it closes over.
+
+    Of the latter only plain values and functions: models and tensors are a problem's inputs.
+    """
     if isinstance(part, tuple):
         return f"({', '.join(map(_described, part))})"
     if isinstance(part, Informed):
         return _described(part.of)
     if not isinstance(part, FunctionType):
         return repr(part)
-    held = [repr(cell.cell_contents) for cell in part.__closure__ or ()]
-    return f"{part.__module__}:{part.__code__.co_firstlineno} {part.__qualname__} {held}"
+    bare = inspect.unwrap(part)
+    assert isinstance(bare, FunctionType)
+    plain = (bool, int, float, str, tuple, FunctionType)
+    cells = [cell.cell_contents for cell in bare.__closure__ or ()]
+    held = [_described(value) for value in cells if isinstance(value, plain)]
+    return f"{bare.__module__}:{bare.__code__.co_firstlineno} {bare.__qualname__} {held}"
 
 
 class _Lanes:
