@@ -40,12 +40,14 @@ class April(Attack):
     """
 
     through: str  # embedding or attention
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
         known = ("embedding", "attention")
         require(self.through in known, "through", "must be embedding or attention", self.through)
+        labels.known(self.labels)
 
     def check(self, model):
         if not isinstance(model, ViT):
@@ -61,7 +63,7 @@ class April(Attack):
 
     def __call__(self, seen, rngs, progress):
         observed = seen.update if "update" in seen.grants else seen.aggregate
-        targets, told = labels.targets_of(seen, rngs)
+        targets, told = labels.targets_of(seen, rngs, self.labels)
         local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
         model, targets = copy.deepcopy(seen.model).double(), targets.double()
         grey = targets.new_full((1, seen.count, *seen.shape), 0.5)

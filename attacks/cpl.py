@@ -1,12 +1,11 @@
 """CPL: a framework for evaluating client privacy leakages."""
 
-import math
 from dataclasses import dataclass
 
 from attacks.dlg import EVALUATIONS
-from fedsec import engine, labels, priors
+from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +22,15 @@ class CPL(Attack):
     label: float  # weight of the label regulariser, >= 0
     tile: int  # pixels of the side of the repeated square, >= 0; 0: no pattern
     restarts: int  # random starts, the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(0 <= self.label < math.inf, "label", "must be at least 0 and finite", self.label)
-        require(self.tile >= 0, "tile", "must be at least 0", self.tile)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "label", "tile")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def lanes(self):
@@ -42,11 +41,11 @@ class CPL(Attack):
         return self.steps * EVALUATIONS * self.restarts
 
     def __call__(self, seen, rngs, progress):
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         search = engine.Search(
             distance=engine.squared,
             priors=((self.label, priors.same_labels(seen, targets)),),
-            rule=engine.LBFGS(lr=self.lr),
+            rule=rules.LBFGS(lr=self.lr),
             steps=self.steps * EVALUATIONS,
             restarts=self.restarts,
             tile=self.tile,

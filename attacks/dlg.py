@@ -1,11 +1,10 @@
 """Deep Leakage from Gradients."""
 
-import math
 from dataclasses import dataclass
 
-from fedsec import engine
+from fedsec import engine, rules
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 EVALUATIONS = 20  # gradient evaluations in one step of the L-BFGS that the paper uses
 
@@ -26,9 +25,8 @@ class DLG(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        at_least(self, 1, "steps", "restarts")
+        positive(self, "lr")
 
     @property
     def evaluations(self):
@@ -43,7 +41,7 @@ def search(attack) -> engine.Search:
     """DLG's way of matching, which iDLG shares."""
     return engine.Search(
         distance=engine.squared,
-        rule=engine.LBFGS(lr=attack.lr),
+        rule=rules.LBFGS(lr=attack.lr),
         steps=attack.steps * EVALUATIONS,
         restarts=attack.restarts,
     )

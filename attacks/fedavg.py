@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedsec import engine, labels, priors
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,16 +28,15 @@ class FedAvg(Attack):
     tv: float  # weight of the total variation of normalised pixels, >= 0
     order: float  # weight of the order-invariant prior, >= 0
     restarts: int  # random starts, the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape", "local"})
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        for key in ("tv", "order"):
-            value = getattr(self, key)
-            require(0 <= value < math.inf, key, "must be at least 0 and finite", value)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "tv", "order")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def lanes(self):
@@ -55,20 +54,10 @@ class FedAvg(Attack):
             return (means - means.mean(0)).square().mean()
 
         order = ((self.order, same_mean),) if epochs > 1 else ()
-        search = engine.Search(
-            distance=engine.cosine,
-            priors=(*priors.smooth(seen, self.tv), *order),
-            rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)),
-            schedule=engine.anneal(self.steps),
-            steps=self.steps,
-            restarts=self.restarts,
-            copies=epochs,
-            spread=0.1,
-            spectrum=engine.PHOTOGRAPHS,
-            boxed=True,
-            direction=True,
-        )
-        targets, spent = labels.targets_of(seen, rngs)
+        terms = (*priors.smooth(seen, self.tv), *order)
+        search = engine.spectral(steps=self.steps, lr=self.lr, priors=terms, restarts=self.restarts)
+        search = replace(search, copies=epochs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         found = engine.match(seen, targets, search, rngs, progress, spent)
         told = found.labels.unflatten(1, (epochs, count))
         each = found.images.unflatten(1, (epochs, count))

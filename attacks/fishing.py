@@ -1,14 +1,13 @@
 """Fishing for User Data in Large-Batch Federated Learning via Gradient Magnification."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from fedsec import cuts, engine, labels, neurons
+from fedsec import cuts, engine, labels, neurons, priors
 from fedsec.attack import Attack
-from fedsec.checks import Refused, require
+from fedsec.checks import Refused, at_least, positive, require
 from fedsec.models import last_linear
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -39,14 +38,15 @@ class Fishing(Attack):
     steps: int  # of the matching, >= 1
     lr: float  # length of a step, in normalised pixels, > 0
     tv: float  # weight of the total variation of normalised pixels, >= 0
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update", "queries", "count", "shape", "data_range"})
 
     def __post_init__(self):
-        require(self.queries >= 1, "queries", "must be at least 1", self.queries)
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
+        at_least(self, 1, "queries", "steps")
+        at_least(self, 0, "tv")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def evaluations(self):
@@ -79,7 +79,7 @@ class Fishing(Attack):
         return tuple(cuts.answering(model, fished, steep * along, -steep * c) for c in places)
 
     def __call__(self, seen, rngs, progress):
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         fished = int(last_linear(seen.model)[1].weight.abs().sum(1).argmax())
         caught = [cuts.caught(seen, v, fished) for v in range(len(rngs))]
         owners = [v for v, updates in enumerate(caught) for _ in updates]
@@ -91,17 +91,19 @@ class Fishing(Attack):
         said = [f"{len(c)} of {seen.count} images were fished; {rest}" for c in caught]
         flags: list[tuple[str, ...]] = [(word,) for word in said]
         if owners:
-            single = [u for updates in caught for u in updates]
-            update = Update({k: torch.stack([u[k] for u in single]) for k in single[0]}, {}, 1)
+            fished_out = [u for updates in caught for u in updates]
+            tensors = {k: torch.stack([u[k] for u in fished_out]) for k in fished_out[0]}
+            update = Update(tensors, {}, 1)
             facts = {"model": seen.model, "update": update, "count": 1, "shape": seen.shape,
                      "data_range": seen.data_range}  # fmt: skip
             one_hot = torch.eye(targets.shape[-1]).to(images)[fished].expand(len(owners), 1, -1)
             own = [
                 stream(rngs[v].initial_seed(), owners[:i].count(v)) for i, v in enumerate(owners)
             ]
-            found = engine.match(
-                Observation("fishing", facts), one_hot, self._search, own, progress
-            )
+            single = Observation("fishing", facts)
+            terms = priors.smooth(single, self.tv)
+            search = engine.spectral(steps=self.steps, lr=self.lr, priors=terms)
+            found = engine.match(single, one_hot, search, own, progress)
             for v in set(owners):
                 mine = [i for i, owner in enumerate(owners) if owner == v]
                 images[v, : len(mine)] = found.images[mine, 0]
@@ -109,11 +111,3 @@ class Fishing(Attack):
                 gflop[v] += found.gflop[mine].sum()
                 flags[v] += tuple(sorted({flag for i in mine for flag in found.flags[i]}))
         return Reconstruction(images, targets.argmax(-1), loss, steps, gflop, tuple(flags))
-
-    @property
-    def _search(self) -> engine.Search:
-        return engine.Search(
-            distance=engine.cosine, priors=((self.tv, engine.total_variation),),
-            rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)), schedule=engine.anneal(self.steps),
-            steps=self.steps, spread=0.1, spectrum=engine.PHOTOGRAPHS, boxed=True, direction=True,
-        )  # fmt: skip

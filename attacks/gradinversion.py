@@ -1,11 +1,10 @@
 """GradInversion: See through gradients."""
 
-import math
 from dataclasses import dataclass
 
-from fedsec import engine, labels, priors
+from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,18 +30,16 @@ class GradInversion(Attack):
     bn: float  # weight of the distance of the BatchNorm statistics, >= 0
     group: float  # weight of the distance from the restarts' mean, >= 0
     restarts: int  # random starts, which agree; the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     def __post_init__(self):
         known = ", ".join(priors.STATISTICS)
         inside = self.statistics in priors.STATISTICS
         require(inside, "statistics", f"must be among {known}", self.statistics)
-        for key, least in (("steps", 1), ("restarts", 1), ("warmup", 0)):
-            value = getattr(self, key)
-            require(value >= least, key, f"must be at least {least}", value)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        for key in ("tv", "l2", "bn", "group"):
-            value = getattr(self, key)
-            require(0 <= value < math.inf, key, "must be at least 0 and finite", value)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "warmup", "tv", "l2", "bn", "group")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def needs(self):  # type: ignore[override]
@@ -66,11 +63,11 @@ class GradInversion(Attack):
             distance=engine.relative,
             priors=tuple(terms),
             group=self.group if self.restarts > 1 else 0.0,
-            rule=engine.Adam(lr=self.lr),
-            schedule=engine.warmed(engine.anneal(self.steps), self.warmup),
+            rule=rules.Adam(lr=self.lr),
+            schedule=rules.warmed(rules.anneal(self.steps), self.warmup),
             steps=self.steps,
             restarts=self.restarts,
             boxed=True,
         )
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)

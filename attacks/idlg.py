@@ -1,12 +1,11 @@
 """iDLG: Improved Deep Leakage from Gradients."""
 
-import math
 from dataclasses import dataclass
 
 from attacks.dlg import EVALUATIONS, search
 from fedsec import engine, labels
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +24,8 @@ class IDLG(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        at_least(self, 1, "steps", "restarts")
+        positive(self, "lr")
         labels.known(self.labels)
 
     @property

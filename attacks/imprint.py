@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsec import neurons
+from fedsec import labels, neurons
 from fedsec.attack import Attack
 from fedsec.checks import require
 
@@ -53,11 +53,13 @@ class Imprint(Attack):
     """
 
     bins: int  # neurons of the block, >= 2
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape", "data_range"})
 
     def __post_init__(self):
         require(self.bins >= 2, "bins", "must be at least 2", self.bins)
+        labels.known(self.labels)
 
     def craft(self, model, known, rng):
         neurons.refuse_steps("imprint", known)
@@ -80,4 +82,4 @@ class Imprint(Attack):
             images = (rows[full] / bias[full, None]).reshape(-1, *seen.shape)
             return images, bias[full], full
 
-        return neurons.reconstruct(seen, "bins", differences, rngs, progress)
+        return neurons.reconstruct(seen, "bins", differences, rngs, progress, self.labels)

@@ -1,11 +1,11 @@
 """Inverting Gradients: how easy is it to break privacy in federated learning?"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedsec import engine, labels, priors
+from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Inverting(Attack):
 
     `rule` signed is the paper's: Adam on the sign of the gradient, from standard normal pixels, the
     step length divided by ten after 3/8, 5/8 and 7/8 of the steps. spectral minimises the same in a
-    fraction of the steps: Adam on cosine coefficients (engine.Spectrum), from nearly grey, its step
+    fraction of the steps: Adam on cosine coefficients (rules.Spectrum), from nearly grey, its step
     length annealed to nothing.
     """
 
@@ -33,14 +33,11 @@ class Inverting(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        require(
-            self.rule in ("signed", "spectral"), "rule", "must be signed or spectral", self.rule
-        )
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
-        require(self.patience >= 0, "patience", "must be at least 0", self.patience)
+        known = ("signed", "spectral")
+        require(self.rule in known, "rule", "must be signed or spectral", self.rule)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "tv", "patience")
+        positive(self, "lr")
         labels.known(self.labels)
 
     @property
@@ -56,22 +53,11 @@ class Inverting(Attack):
         return math.ceil(self.steps * eighths / 8)
 
     def __call__(self, seen, rngs, progress):
-        spectral = self.rule == "spectral"
-        search = engine.Search(
-            distance=engine.cosine,
-            priors=priors.smooth(seen, self.tv),
-            rule=engine.Adam(
-                lr=self.lr, signed=not spectral, betas=(0.9, 0.9 if spectral else 0.999)
-            ),
-            schedule=engine.anneal(self.steps) if spectral else engine.decay(self.steps),
-            steps=self.steps,
-            restarts=self.restarts,
-            spread=0.1 if spectral else 1.0,
-            spectrum=engine.PHOTOGRAPHS if spectral else None,
-            boxed=True,
-            direction=True,
-            patience=self.patience,
-            halving=self.halving,
-        )
+        terms = priors.smooth(seen, self.tv)
+        search = engine.spectral(steps=self.steps, lr=self.lr, priors=terms, restarts=self.restarts)
+        if self.rule == "signed":
+            signed, decay = rules.Adam(lr=self.lr, signed=True), rules.decay(self.steps)
+            search = replace(search, rule=signed, schedule=decay, spread=1.0, spectrum=None)
+        search = replace(search, patience=self.patience, halving=self.halving)
         targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)

@@ -26,7 +26,12 @@ class Linear(Attack):
     decide between equals. With one image all neurons agree.
     """
 
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
+
     needs = frozenset({"model", "update|aggregate", "count", "shape", "data_range"})
+
+    def __post_init__(self):
+        labels.known(self.labels)
 
     def check(self, model: nn.Module) -> None:
         name, layer = first_layer(model)
@@ -38,7 +43,7 @@ class Linear(Attack):
     def __call__(self, seen, rngs, progress):
         update = seen.update if "update" in seen.grants else seen.aggregate
         name, _ = first_layer(seen.model)
-        targets, told = labels.targets_of(seen, rngs)
+        targets, told = labels.targets_of(seen, rngs, self.labels)
         local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
         images, loss, spent = [], [], []
 

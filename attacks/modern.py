@@ -1,11 +1,10 @@
 """The published parts of gradient matching that have proved strongest, put together."""
 
-import math
 from dataclasses import dataclass
 
-from fedsec import engine, labels, priors
+from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +24,15 @@ class Modern(Attack):
     tv: float  # weight of the double-opponent total variation, >= 0
     tile: int  # pixels of the side of the repeated square, >= 0; 0: no pattern
     restarts: int  # random starts, the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        for key, least in (("steps", 1), ("restarts", 1), ("warmup", 0), ("tile", 0)):
-            value = getattr(self, key)
-            require(value >= least, key, f"must be at least {least}", value)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "warmup", "tile", "tv")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def lanes(self):
@@ -47,13 +46,13 @@ class Modern(Attack):
         search = engine.Search(
             distance=engine.cosine,
             priors=priors.smooth(seen, self.tv, priors.double_opponents),
-            rule=engine.Adam(lr=self.lr, soft=self.steps),
-            schedule=engine.warmed(engine.anneal(self.steps), self.warmup),
+            rule=rules.Adam(lr=self.lr, soft=self.steps),
+            schedule=rules.warmed(rules.anneal(self.steps), self.warmup),
             steps=self.steps,
             restarts=self.restarts,
             tile=self.tile,
             boxed=True,
             direction=True,
         )
-        targets, spent = labels.targets_of(seen, rngs)
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)

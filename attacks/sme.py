@@ -1,11 +1,10 @@
 """Surrogate model extension: SME."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedsec import engine, labels, priors
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,14 +21,15 @@ class SME(Attack):
     lr: float  # length of a step, in normalised pixels, > 0; the point on the line moves lr / 100
     tv: float  # weight of the total variation of normalised pixels, >= 0
     restarts: int  # random starts, the best objective wins, >= 1
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        require(self.steps >= 1, "steps", "must be at least 1", self.steps)
-        require(0 < self.lr < math.inf, "lr", "must be above 0 and finite", self.lr)
-        require(0 <= self.tv < math.inf, "tv", "must be at least 0 and finite", self.tv)
-        require(self.restarts >= 1, "restarts", "must be at least 1", self.restarts)
+        at_least(self, 1, "steps", "restarts")
+        at_least(self, 0, "tv")
+        positive(self, "lr")
+        labels.known(self.labels)
 
     @property
     def lanes(self):
@@ -40,17 +40,8 @@ class SME(Attack):
         return self.steps * self.restarts
 
     def __call__(self, seen, rngs, progress):
-        search = engine.Search(
-            distance=engine.cosine,
-            priors=priors.smooth(seen, self.tv),
-            rule=engine.Adam(lr=self.lr, betas=(0.9, 0.9)),
-            schedule=engine.anneal(self.steps),
-            steps=self.steps,
-            restarts=self.restarts,
-            surrogate=True,
-            spread=0.1,
-            spectrum=engine.PHOTOGRAPHS,
-            boxed=True,
-        )
-        targets, spent = labels.targets_of(seen, rngs)
+        terms = priors.smooth(seen, self.tv)
+        search = engine.spectral(steps=self.steps, lr=self.lr, priors=terms, restarts=self.restarts)
+        search = replace(search, surrogate=True, direction=False)  # the line needs the length
+        targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedsec import neurons
+from fedsec import labels, neurons
 from fedsec.attack import Attack
 from fedsec.checks import Refused, require
 from fedsec.models import first_layer
@@ -27,11 +27,13 @@ class Trap(Attack):
     """
 
     shrink: float  # positive weights over negative ones, in (0, 1]: smaller fires less often
+    labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
     needs = frozenset({"model", "update|aggregate", "count", "shape", "data_range"})
 
     def __post_init__(self):
         require(0 < self.shrink <= 1, "shrink", "must be in (0, 1]", self.shrink)
+        labels.known(self.labels)
 
     def check(self, model: nn.Module) -> None:
         name, layer = first_layer(model)
@@ -68,4 +70,4 @@ class Trap(Attack):
             flat = (rows[fired] / bias[fired, None]).reshape(-1, *seen.shape)
             return flat * normalise.std + normalise.mean, bias[fired], fired
 
-        return neurons.reconstruct(seen, name, ratios, rngs, progress)
+        return neurons.reconstruct(seen, name, ratios, rngs, progress, self.labels)

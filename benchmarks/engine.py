@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedsec import cost, engine, models
+from fedsec import cost, engine, models, rules
 from fedsec.rng import stream
 from fedsec.threat import Observation
 from fedsec.types import Batch, Local, Update
@@ -80,9 +80,7 @@ def ways(
     update = {k: torch.randn(1, *s, generator=rng).mul(0.01).to(device) for k, s in shapes}
     known = {"model": model, "update": Update(update, {}, count), "count": count, "shape": SHAPE}
     seen = Observation("benchmark", known)
-    search = engine.Search(
-        distance=engine.cosine, rule=engine.Adam(lr=0.1), steps=1, restarts=lanes
-    )
+    search = engine.Search(distance=engine.cosine, rule=rules.Adam(lr=0.1), steps=1, restarts=lanes)
     stack = engine._Lanes(seen, targets[None], search)
     z = stack.begin([stream(0, "attack")])
     active = torch.zeros(lanes, dtype=torch.long, device=device)
@@ -159,7 +157,7 @@ def overhead(lanes: int, steps: int = 300) -> float:
     model.requires_grad_(False)
     seen = Observation("benchmark", {"model": model, "count": 1, "shape": SHAPE,
         "update": Update({k: t.detach()[None] for k, t in update.items()}, {}, 1)})  # fmt: skip
-    rule = engine.Adam(lr=0.1)
+    rule = rules.Adam(lr=0.1)
     search = engine.Search(distance=engine.cosine, rule=rule, steps=steps, restarts=lanes)
 
     measuring = 0.0

@@ -51,7 +51,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from attacks.inverting import Inverting  # noqa: E402
-from fedsec import engine, metrics, models, records  # noqa: E402
+from fedsec import engine, metrics, models, records, rules  # noqa: E402
 from fedsec.checks import Refused, require  # noqa: E402
 from fedsec.data import Npz, Photos, Split  # noqa: E402
 from fedsec.rng import stream  # noqa: E402
@@ -295,7 +295,7 @@ def padded_variation(images: Tensor) -> Tensor:
     return ((below - here).abs() + (right - here).abs()).mean()
 
 
-def step_lr(steps: int) -> engine.Schedule:
+def step_lr(steps: int) -> rules.Schedule:
     """The peer's step-lr: a tenth of the step length at about 3/8, 5/8 and 7/8 of the run."""
     return lambda step: 0.1 ** sum(step >= steps // part for part in (2.667, 1.6, 1.142))
 
@@ -305,7 +305,7 @@ def as_the_peer(steps: int, tuned: Tuned) -> Attack:
     search = engine.Search(
         distance=engine.cosine,
         priors=((tuned.tv, padded_variation),),
-        rule=engine.Adam(lr=tuned.lr, signed=True),
+        rule=rules.Adam(lr=tuned.lr, signed=True),
         schedule=step_lr(steps),
         steps=steps,
         boxed=True,

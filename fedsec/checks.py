@@ -1,5 +1,6 @@
 """Refusing what cannot work, before anything is computed: one line with key, rule and value."""
 
+import math
 from pathlib import Path
 
 _ABSENT = object()
@@ -29,3 +30,18 @@ def home_read(key: str, path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise Refused(key, "must be in a home folder that exists", path) from None
+
+
+def at_least(owner: object, least: int, *keys: str) -> None:
+    """Refuse fields `keys` of `owner` that are below `least`, or not finite."""
+    for key in keys:
+        value = getattr(owner, key)
+        rule = f"must be at least {least}" + (" and finite" if isinstance(value, float) else "")
+        require(least <= value < math.inf, key, rule, value)
+
+
+def positive(owner: object, *keys: str) -> None:
+    """Refuse fields `keys` of `owner` that are not above 0, or not finite."""
+    for key in keys:
+        value = getattr(owner, key)
+        require(0 < value < math.inf, key, "must be above 0 and finite", value)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedsec import engine
+from fedsec import rules
 from fedsec.models import last_linear
 from fedsec.threat import Observation
 from fedsec.types import Tensors
@@ -84,5 +84,5 @@ def like_photographs(
     """Noise with the spectrum of photographs, and about their mean and deviation by channel."""
     mean, std = (t.detach().cpu() for t in normalise.buffers())
     noise = torch.randn(count, *shape, generator=rng)
-    rough = engine.Spectrum(shape, engine.PHOTOGRAPHS, noise).outward(noise)
+    rough = rules.Spectrum(shape, rules.PHOTOGRAPHS, noise).outward(noise)
     return (rough / rough.std() * std + mean).clamp(0, 1)

@@ -11,8 +11,6 @@ update; several local steps or clients are unrolled (unroll.py); else it comes f
 from __future__ import annotations
 
 import inspect
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from types import FunctionType
@@ -28,13 +26,12 @@ from fedsec import sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
 from fedsec.defense import Defense, clips
+from fedsec.rules import PHOTOGRAPHS, Adam, Schedule, Spectrum, StepRule, anneal, constant
 from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction, Tensors, Update
 from fedsec.unroll import Distance, Unrolled
 
 Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar
-Schedule = Callable[[int], float]  # step -> factor on the step length
-PHOTOGRAPHS = 1.25  # power of a `Spectrum`; that of photographs falls with 1 to 1.5
 EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
 FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 
@@ -156,207 +153,6 @@ INNER: dict[Distance, sweeps.Inner] = {
 }
 
 
-# ---- step rules ---------------------------------------------------------------------------------
-
-State = dict[str, Tensor]  # each tensor has the lanes as its leading axis
-
-
-class StepRule(ABC):
-    """How a lane moves. Lanes never see each other: every operation is per row."""
-
-    @abstractmethod
-    def start(self, x: Float[Tensor, "l d"]) -> State:
-        """What a run from `x` remembers."""
-
-    @abstractmethod
-    def step(
-        self, gradient: Float[Tensor, "l d"], state: State, step: int, scale: float
-    ) -> tuple[Tensor, State, Tensor]:
-        """How far to move, the next state, and which lanes [l] can go no further."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adam(StepRule):
-    """Adam (Kingma and Ba 2015); `signed` replaces the gradient by its sign first.
-
-    `soft` is between: tanh(s g / rms) / s, whose s falls from 1 to 0 over so many steps.
-    """
-
-    lr: float
-    signed: bool = False
-    soft: int = (
-        0  # steps of a run over which tanh of gradient / rms fades from sign to the gradient
-    )
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-
-    def start(self, x: Tensor) -> State:
-        return {"mean": torch.zeros_like(x), "square": torch.zeros_like(x)}
-
-    def step(self, gradient, state, step, scale):
-        gradient = gradient.sign() if self.signed else gradient
-        if self.soft:
-            share = max(1 - step / self.soft, 1e-3)
-            unit = gradient / gradient.square().mean(1, keepdim=True).sqrt().clamp_min(1e-30)
-            gradient = (share * unit).tanh() / share
-        first, second = self.betas
-        mean = state["mean"].lerp(gradient, 1 - first)
-        square = state["square"].lerp(gradient.square(), 1 - second)
-        length = self.lr * scale / (1 - first ** (step + 1))
-        root = (square / (1 - second ** (step + 1))).sqrt() + self.eps
-        stuck = torch.zeros(len(mean), dtype=torch.bool, device=mean.device)
-        return -length * mean / root, {"mean": mean, "square": square}, stuck
-
-
-@dataclass(frozen=True, kw_only=True)
-class LBFGS(StepRule):
-    """L-BFGS with a fixed step length and no line search: torch.optim.LBFGS, one lane a row."""
-
-    lr: float = 1.0
-    history: int = 100
-    flat: float = 1e-7  # a gradient whose largest entry is below this has converged
-    downhill: float = 1e-9  # a direction that promises less than this is stuck
-
-    def start(self, x: Tensor) -> State:
-        lanes, width = x.shape
-        return {
-            "moves": x.new_zeros(lanes, 0, width),
-            "turns": x.new_zeros(lanes, 0, width),
-            "products": x.new_zeros(lanes, 0, 0),  # move i times turn j
-            "squares": x.new_zeros(lanes, 0, 0),  # turn i times turn j
-            "kept": x.new_zeros(lanes, 0),  # the step at which a pair was kept; 0: none was
-            "next": torch.zeros(lanes, dtype=torch.long, device=x.device),  # where one will be
-            "scale": x.new_ones(lanes),
-            "gradient": torch.zeros_like(x),
-            "move": torch.zeros_like(x),
-        }
-
-    def step(self, gradient, state, step, scale):
-        state = dict(state)
-        if step > 0:
-            self._remember(state, gradient, step)
-        direction = self._direction(gradient, state)
-        slope = (gradient * direction).sum(1)
-        size = torch.full_like(slope, self.lr * scale)
-        if step == 0:
-            size = size * (1 / gradient.abs().sum(1)).clamp_max(1.0)
-        stuck = (gradient.abs().amax(1) <= self.flat) | (slope > -self.downhill)
-        move = size[:, None] * direction
-        state |= {"gradient": gradient, "move": move}
-        return move, state, stuck
-
-    def _remember(self, state: State, gradient: Tensor, step: int) -> None:
-        """Keep the last move and turn of each lane where they curve up, instead of the oldest."""
-        if state["kept"].shape[1] < self.history:
-            for name in ("moves", "turns"):
-                state[name] = F.pad(state[name], (0, 0, 0, 1))
-            for name in ("products", "squares"):
-                state[name] = F.pad(state[name], (0, 1, 0, 1))
-            state["kept"] = F.pad(state["kept"], (0, 1))
-        else:
-            state |= {k: state[k].clone() for k in ("products", "squares", "kept")}
-        turn, move, at = gradient - state["gradient"], state["move"], state["next"]
-        lane = torch.arange(len(at), device=at.device)
-        curvature = (turn * move).sum(1)
-        keep = curvature > 1e-10
-
-        def put(name: str, where: tuple, new: Tensor) -> None:
-            pick = keep.view(-1, *[1] * (new.dim() - 1))
-            state[name][where] = torch.where(pick, new, state[name][where])
-
-        put("moves", (lane, at), move)
-        put("turns", (lane, at), turn)
-        put("products", (lane, slice(None), at), (state["moves"] @ turn[..., None])[..., 0])
-        put("products", (lane, at), (state["turns"] @ move[..., None])[..., 0])
-        squares = (state["turns"] @ turn[..., None])[..., 0]
-        put("squares", (lane, slice(None), at), squares)
-        put("squares", (lane, at), squares)
-        put("kept", (lane, at), torch.full_like(curvature, step))
-        state["next"] = torch.where(keep, (at + 1) % self.history, at)
-        state["scale"] = torch.where(keep, curvature / turn.square().sum(1), state["scale"])
-
-    def _direction(self, gradient: Tensor, state: State) -> Tensor:
-        """Minus the inverse Hessian times the gradient, in its compact form.
-
-        Byrd, Nocedal and Schnabel 1994, theorem 2.2, equal to the two-loop recursion. A place where
-        nothing was kept has zero products, and a one on the diagonal of R.
-        """
-        kept, scale = state["kept"], state["scale"].double()[:, None]
-        order = kept.argsort(1)
-
-        def sorted_by_age(square: Tensor) -> Tensor:
-            rows = square.double().gather(1, order[..., None].expand_as(square))
-            return rows.gather(2, order[:, None].expand_as(square))
-
-        with_moves = (state["moves"] @ gradient[..., None])[..., 0].double().gather(1, order)
-        with_turns = (state["turns"] @ gradient[..., None])[..., 0].double().gather(1, order)
-        products = sorted_by_age(state["products"])
-        empty = torch.diag_embed((kept.gather(1, order) == 0).double())
-        upper = products.triu() + empty
-        curvature = products.diagonal(dim1=1, dim2=2)
-        u = torch.linalg.solve_triangular(upper, with_moves[..., None], upper=True)
-        right = curvature * u[..., 0] + scale * (sorted_by_age(state["squares"]) @ u)[..., 0]
-        right = (right - scale * with_turns)[..., None]
-        top = torch.linalg.solve_triangular(upper.mT, right, upper=False)
-        back = order.argsort(1)
-        of_moves = top[..., 0].gather(1, back).to(gradient.dtype)
-        of_turns = (scale * u[..., 0]).gather(1, back).to(gradient.dtype)
-        bent = (of_moves[:, None] @ state["moves"] - of_turns[:, None] @ state["turns"])[:, 0]
-        return -(state["scale"][:, None] * gradient + bent)
-
-
-def constant(step: int) -> float:
-    return 1.0
-
-
-def decay(steps: int) -> Schedule:
-    """A tenth of the step length after 3/8, 5/8 and 7/8 of the run (Geiping et al. 2020)."""
-    return lambda step: 0.1 ** sum(step >= steps * eighths // 8 for eighths in (3, 5, 7))
-
-
-def anneal(steps: int) -> Schedule:
-    """Half a cosine, from the whole step length to none (Loshchilov and Hutter 2017)."""
-    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def warmed(schedule: Schedule, steps: int) -> Schedule:
-    """`schedule`, that rises from nothing over the first steps."""
-    return lambda step: min(1.0, (step + 1) / max(1, steps)) * schedule(step)
-
-
-class Spectrum:
-    """Coordinates in which images like photographs are evenly long in every direction.
-
-    Pixels = cosine transform of coefficients times sqrt(h w) (1 + f)^-power, with f in half cycles
-    per image: the spectrum of photographs falls so. A step rule that scales each coordinate by
-    itself, as Adam does, then settles what is coarse first and what is fine last. After Olah et al.
-    2017, "Feature visualization", who decorrelate pixels so. A change of all the image's brightness
-    is as long as in pixels.
-    """
-
-    def __init__(self, image: tuple[int, ...], power: float, like: Tensor):
-        self.down, self.across = (_cosines(n).to(like) for n in image[-2:])
-        f = [torch.arange(n, dtype=torch.float64) for n in image[-2:]]
-        far = torch.hypot(f[0][:, None], f[1][None])
-        scale = (image[-2] * image[-1]) ** 0.5
-        self.weights = (scale * (1 + far) ** -power).to(like)
-
-    def inward(self, gradient: Float[Tensor, "... h w"]) -> Tensor:
-        """The derivative with respect to pixels -> with respect to coefficients."""
-        return self.weights * (self.down @ gradient @ self.across.T)
-
-    def outward(self, move: Float[Tensor, "... h w"]) -> Tensor:
-        """Coefficients -> pixels."""
-        return self.down.T @ (self.weights * move) @ self.across
-
-
-def _cosines(n: int) -> Float[Tensor, "n n"]:
-    """The orthonormal cosine transform (DCT-II) as a matrix; a frequency a row."""
-    at = (torch.arange(n, dtype=torch.float64) + 0.5) * (math.pi / n)
-    rows = torch.cos(torch.arange(n, dtype=torch.float64)[:, None] * at)
-    return rows / rows.norm(dim=1, keepdim=True)
-
-
 # ---- the loop -----------------------------------------------------------------------------------
 
 
@@ -381,6 +177,28 @@ class Search:
     patience: int = 0  # steps without a fall of the objective that end the lane; 0: none do
     halving: bool = False  # after 1/8, 1/4 and 1/2 of the steps a victim's better lanes go on
     direction: bool = False  # only the update's direction counts: its length is made one first
+
+
+def spectral(
+    *, steps: int, lr: float, priors: Sequence[tuple[float, Prior | Informed]], restarts: int = 1
+) -> Search:
+    """The search that gets furthest in few steps: it is ours, the published parts are Geiping's.
+
+    Cosine distance (Geiping et al. 2020); Adam on cosine coefficients (rules.Spectrum) from nearly
+    grey, `lr` long in normalised pixels and annealed to nothing over `steps`.
+    """
+    return Search(
+        distance=cosine,
+        priors=tuple(priors),
+        rule=Adam(lr=lr, betas=(0.9, 0.9)),
+        schedule=anneal(steps),
+        steps=steps,
+        restarts=restarts,
+        spread=0.1,
+        spectrum=PHOTOGRAPHS,
+        boxed=True,
+        direction=True,
+    )
 
 
 def match(
@@ -466,6 +284,26 @@ def match(
     if isinstance(objective, Recorded) and objective.trouble:
         found = replace(found, flags=tuple((*f, objective.trouble) for f in found.flags))
     return replace(found, gflop=found.gflop + spent)
+
+
+def judged(
+    seen: Observation,
+    targets: Float[Tensor, "v b k"],
+    search: Search,
+    images: Float[Tensor, "v b c h w"],
+) -> Float[Tensor, " v"]:
+    """The objective of `search` at images in [0, 1] that something else found."""
+    lanes = _Lanes(seen, targets, replace(search, restarts=1))
+    x = ((images.to(lanes.mean) - lanes.mean) / lanes.std).flatten(1)
+    loss, _ = lanes.objective(lanes.boxed(x), torch.arange(len(x), device=x.device))
+    return loss.detach()
+
+
+def step_gflop(seen: Observation, targets: Float[Tensor, "v b k"], search: Search) -> float:
+    """GFLOP of one step of one lane, as records count it."""
+    lanes = _Lanes(seen, targets, search)
+    x = torch.zeros(1, lanes.pixels + int(search.surrogate), dtype=lanes.dtype)
+    return lanes.counted(x.to(lanes.device))
 
 
 # ---- on a GPU -----------------------------------------------------------------------------------
@@ -652,14 +490,23 @@ class _Lanes:
         x = torch.cat([pixels.flatten(1), x[:, self.pixels :]], 1)
         if self.search.surrogate:
             x = torch.cat([x, x.new_zeros(len(x), 1)], 1)
-        self.gflop_step = flops_once(lambda: self._plain_step(x[:1]), self.model, self.said())
+        self.gflop_step = self.counted(x[:1])
         return self.boxed(x)
+
+    def counted(self, x: Float[Tensor, "1 d"]) -> float:
+        """GFLOP of a step of one lane."""
+        return flops_once(lambda: self._plain_step(x), self.model, self.said())
 
     def said(self) -> str:
         """All that decides the search's course besides tensors."""
         about = {f.name: _described(getattr(self.search, f.name)) for f in fields(self.search)}
         about |= {"local": self.local, "images": self.image, "told": self.targets is not None}
         return repr(about | {"training": self.model.training, "dtype": self.dtype})
+
+    @property
+    def altered(self) -> bool:
+        """Whether what is compared is not the update itself, for which only autograd has a way."""
+        return self.masked or self.search.surrogate or self.per_example is not None
 
     def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
         """Rows -> images in [0, 1] units."""
@@ -701,7 +548,7 @@ class _Lanes:
     def _matched(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """The same without the group: by sweeps, or unrolled, or autograd."""
         by_hand = self.swept if self.one_gradient else self.unrolled
-        if by_hand is None or self.search.surrogate or self.masked or self.per_example:
+        if by_hand is None or self.altered:
             return self.by_autograd(x, active)
         if self.asked[0] is not active:  # a list costs a synchronisation: one when lanes retire
             self.asked = (active, (active // self.search.restarts).tolist())
@@ -768,7 +615,7 @@ class _Lanes:
     def _sweeps(self) -> sweeps.LaneStep | None:
         """None where this search needs autograd."""
         inner = INNER.get(self.search.distance)
-        if not self.one_gradient or inner is None:
+        if not self.one_gradient or self.altered or inner is None:
             return None
         try:
             return sweeps.LaneStep(self.model, self.observed, inner)

@@ -7,15 +7,16 @@ them compares updates. Tensors carry hypotheses as their leading axis.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
 from scipy.optimize import nnls
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
+from torch.func import vmap
 
-from fedsec.defense import Defense
+from fedsec.defense import Defense, clips
+from fedsec.engine import simulate
 from fedsec.types import Local, Tensors, Update
 
 
@@ -31,19 +32,13 @@ def alone(
     Without noise, and before what the defense does to a whole update.
     """
 
-    def loss(weights: Tensors, image: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, weights, (image[None],)), target[None])
+    clip = defense.per_example if clips(defense) else None
+    own = replace(local, parts=())
 
-    before = {k: p.detach() for k, p in model.named_parameters()}
-    gradients = vmap(grad(loss), in_dims=(None, 0, 0))(before, images, targets)
-    if local.kind == "gradient":
-        return defense.per_example(gradients)
-    total = {k: local.lr * g for k, g in defense.per_example(gradients).items()}
-    for _ in range(1, local.steps):
-        weights = {k: before[k] - moved for k, moved in total.items()}
-        gradients = defense.per_example(vmap(grad(loss))(weights, images, targets))
-        total = {k: total[k] + local.lr * g for k, g in gradients.items()}
-    return total
+    def one(image: Tensor, target: Tensor) -> Tensors:
+        return simulate(model, image[None], target[None], own, clip)
+
+    return vmap(one)(images, targets)
 
 
 class Misfit:

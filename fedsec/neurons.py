@@ -58,14 +58,16 @@ def reconstruct(
     candidates: Candidates,
     rngs: Sequence[torch.Generator],
     progress: Progress | Told,
+    method: str = "auto",
 ) -> Reconstruction:
     """The images that the neurons of `layer` hold, for every victim of the stack.
 
-    Labels are certified with their images, and else recovered as always. The objective is the
-    cosine distance between the observed update and the one that the result would cause.
+    Labels are certified with their images, and else recovered by `method` (labels.METHODS). The
+    objective is the cosine distance between the observed update and the one that the result would
+    cause.
     """
     update = seen.update if "update" in seen.grants else seen.aggregate
-    targets, told = targets_of(seen, rngs)
+    targets, told = targets_of(seen, rngs, method)
     local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
     scale = local.lr if local.kind == "fedavg" else 1.0
     found: list[Read] = []

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from attacks.inverting import Inverting
-from fedsec import cost, engine
+from fedsec import cost, engine, rules
 from fedsec.attack import Attack, Place, Progress
 from fedsec.cost import Clock, backprop_gflop, flops, flops_once
 from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ModelSpec, ResNet18Spec, ResNetSpec
@@ -217,7 +217,7 @@ def attacked(spec: ModelSpec, victims: int, count: int, side: int = SIDE) -> Obs
 
 
 def searched(**more) -> engine.Search:
-    search = {"distance": engine.cosine, "rule": engine.Adam(lr=0.1), "steps": 5, "restarts": 3}
+    search = {"distance": engine.cosine, "rule": rules.Adam(lr=0.1), "steps": 5, "restarts": 3}
     return engine.Search(**(search | more))
 
 
@@ -285,7 +285,7 @@ def test_a_step_costs_what_pytorch_counts(spec, mode):
     assert found.gflop.item() == pytest.approx(2 * counter.get_total_flops() / 1e9, rel=1e-9)
 
 
-class Early(engine.Adam):
+class Early(rules.Adam):
     """Says after the second step that its first lane is stuck."""
 
     def step(self, gradient, state, step, scale):

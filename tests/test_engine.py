@@ -5,7 +5,7 @@ import torch
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedsec import cost, engine
+from fedsec import cost, engine, rules
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
 from fedsec.defense import Compose
 from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ResNet18Spec, ResNetSpec
@@ -56,7 +56,7 @@ def rngs(victims: int, seed: int = 0):
 
 
 def signed(steps: int, **more) -> engine.Search:
-    rule = engine.Adam(lr=0.1, signed=True)
+    rule = rules.Adam(lr=0.1, signed=True)
     tv = ((1e-2, engine.total_variation),)
     search = {"distance": engine.cosine, "rule": rule, "steps": steps, "priors": tv, "boxed": True}
     return engine.Search(**(search | more))
@@ -144,7 +144,7 @@ def test_squared_is_the_sum_over_all_parameters():
 
 
 def test_decay_follows_the_paper():
-    factors = [engine.decay(80)(s) for s in range(80)]
+    factors = [rules.decay(80)(s) for s in range(80)]
     expected = [1.0] * 30 + [0.1] * 20 + [0.01] * 20 + [0.001] * 10
     assert factors == pytest.approx(expected)
 
@@ -172,7 +172,7 @@ STARTS = torch.tensor([[-1.2, 1.0], [0.5, 0.3], [2.0, -1.0]], dtype=torch.float6
 
 @pytest.mark.parametrize("sign", [False, True])
 def test_adam_equals_torch(sign):
-    ours = trajectory(engine.Adam(lr=0.05, signed=sign), STARTS, 40)
+    ours = trajectory(rules.Adam(lr=0.05, signed=sign), STARTS, 40)
     for lane, start in enumerate(STARTS):
         x = start.clone().requires_grad_()
         twin = torch.optim.Adam([x], lr=0.05)
@@ -189,7 +189,7 @@ def test_adam_equals_torch(sign):
 def test_lbfgs_equals_torch(history):
     """Every iterate of each lane, also of lanes that skip a curvature pair at different times."""
     steps = 18
-    ours = trajectory(engine.LBFGS(lr=0.3, history=history), STARTS, steps)
+    ours = trajectory(rules.LBFGS(lr=0.3, history=history), STARTS, steps)
     for lane, start in enumerate(STARTS):
         x = start.clone().requires_grad_()
         twin = torch.optim.LBFGS(
@@ -208,7 +208,7 @@ def test_lbfgs_equals_torch(history):
 
 
 def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
-    rule = engine.LBFGS()
+    rule = rules.LBFGS()
     start = torch.zeros(2, 2, dtype=torch.float64)
     first = torch.tensor([[1.0, 2.0], [1.0, 2.0]], dtype=torch.float64)
     _, state, _ = rule.step(first, rule.start(start), 0, 1.0)
@@ -220,7 +220,7 @@ def test_lbfgs_ignores_a_pair_without_curvature_in_its_lane_only():
 
 
 def test_lbfgs_says_when_it_is_stuck():
-    rule, x = engine.LBFGS(), torch.zeros(2, 3)
+    rule, x = rules.LBFGS(), torch.zeros(2, 3)
     gradient = torch.stack([torch.zeros(3), torch.ones(3)])
     _, _, stuck = rule.step(gradient, rule.start(x), 0, 1.0)
     assert stuck.tolist() == [True, False]
@@ -241,7 +241,7 @@ def test_a_stack_equals_its_victims_one_by_one():
         torch.testing.assert_close(together.loss[v], one.loss[0], rtol=1e-6, atol=1e-9)
 
 
-class Overshooting(engine.Adam):
+class Overshooting(rules.Adam):
     """Leaves the best point on purpose."""
 
     def step(self, gradient, state, step, scale):
@@ -272,7 +272,7 @@ def test_reconstructions_can_reach_black_and_white(level):
     image = torch.full((1, *SHAPE), level, dtype=torch.float64)
     batch = Batch(image, torch.eye(CLASSES, dtype=torch.float64)[:1])
     smooth = ((1e-4, engine.total_variation),)
-    search = signed(400, schedule=engine.decay(400), priors=smooth)
+    search = signed(400, schedule=rules.decay(400), priors=smooth)
     found = engine.match(observed(model, [batch]), batch.targets[None], search, rngs(1), nothing)
     distance = (found.images - level).abs()
     assert distance.min() < 1e-6, "the limit itself is within reach"
@@ -285,7 +285,7 @@ def test_lanes_that_are_done_retire_and_cost_no_more():
     model, batches = built("mlp"), [private(1, seed=v) for v in range(2)]
     targets = torch.stack([b.targets for b in batches])
     seen = observed(model, batches)
-    rule = engine.LBFGS()
+    rule = rules.LBFGS()
     search = engine.Search(distance=engine.squared, rule=rule, steps=400, enough=1e-3)
     found = engine.match(seen, targets, search, rngs(2), nothing)
     assert found.loss[0] <= 1e-3
@@ -347,7 +347,7 @@ def test_joint_labels_are_what_was_optimised():
         image = torch.rand(1, *SHAPE, generator=rng)
         batches.append(Batch(image, torch.eye(CLASSES)[[v % CLASSES]]))
     seen = observed(model, batches)
-    search = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=200)
+    search = engine.Search(distance=engine.squared, rule=rules.LBFGS(), steps=200)
     found = engine.match(seen, None, search, rngs(4), nothing)
     starts = [torch.randn(432 + CLASSES, generator=r)[432:].argmax().item() for r in rngs(4)]
     truth = [b.labels.item() for b in batches]
@@ -389,7 +389,7 @@ def test_smoothness_of_a_single_pixel_is_zero():
 def test_a_spectrum_is_the_inverse_cosine_transform_of_weighted_coefficients(image):
     from scipy.fft import idctn
 
-    basis = engine.Spectrum(image, 1.5, torch.zeros(1, dtype=torch.float64))
+    basis = rules.Spectrum(image, 1.5, torch.zeros(1, dtype=torch.float64))
     coefficients = torch.randn(3, *image, dtype=torch.float64)
     rows, columns = image[-2:]
     weights = torch.tensor(
@@ -409,7 +409,7 @@ def test_a_spectrum_is_the_inverse_cosine_transform_of_weighted_coefficients(ima
 
 def test_a_step_of_the_brightness_is_as_long_as_in_pixels():
     for size in (8, 32):
-        basis = engine.Spectrum((1, 1, size, size), 1.5, torch.zeros(1, dtype=torch.float64))
+        basis = rules.Spectrum((1, 1, size, size), 1.5, torch.zeros(1, dtype=torch.float64))
         move = torch.zeros(1, 1, size, size, dtype=torch.float64)
         move[..., 0, 0] = 0.25
         torch.testing.assert_close(basis.outward(move), torch.full_like(move, 0.25))
@@ -421,10 +421,10 @@ def test_steps_in_a_spectrum_are_the_rules_on_its_coefficients(known):
     model, batch = built("lenet"), private(2)
     targets = batch.targets[None] if known else None
     seen = observed(model, [batch])
-    search = signed(1, rule=engine.Adam(lr=0.1), boxed=False, spectrum=1.0, priors=())
+    search = signed(1, rule=rules.Adam(lr=0.1), boxed=False, spectrum=1.0, priors=())
     lanes = engine._Lanes(seen, targets, search)
     start = torch.randn(1, lanes.pixels + 2 * CLASSES * (not known), dtype=torch.float64)
-    basis = engine.Spectrum(lanes.image, 1.0, start)
+    basis = rules.Spectrum(lanes.image, 1.0, start)
     z = torch.zeros(1, 2, *SHAPE, dtype=torch.float64, requires_grad=True)
     own = torch.cat([basis.outward(z).flatten(1), torch.zeros_like(start[:, lanes.pixels :])], 1)
     moved = start + own
@@ -447,17 +447,17 @@ def test_smooth_images_are_found_in_fewer_steps_in_a_spectrum():
     image = (across[None, :] * down[:, None]).expand(1, *SHAPE).double().contiguous()
     batch = Batch(image, torch.eye(CLASSES, dtype=torch.float64)[:1])
     seen = observed(model, [batch])
-    rule = engine.Adam(lr=0.1, betas=(0.9, 0.9))
+    rule = rules.Adam(lr=0.1, betas=(0.9, 0.9))
     errors = []
     for spectrum in (None, 1.5):
-        search = signed(60, rule=rule, spectrum=spectrum, schedule=engine.anneal(60), spread=0.1)
+        search = signed(60, rule=rule, spectrum=spectrum, schedule=rules.anneal(60), spread=0.1)
         found = engine.match(seen, batch.targets[None], search, rngs(1), nothing)
         errors.append((found.images[0] - image).square().mean())
     assert errors[1] < errors[0] / 2
 
 
 def test_annealing_ends_at_nothing():
-    schedule = engine.anneal(10)
+    schedule = rules.anneal(10)
     assert [schedule(0), schedule(5), schedule(10)] == pytest.approx([1.0, 0.5, 0.0])
 
 
@@ -471,7 +471,7 @@ def test_successive_halving_ends_the_worse_restarts_of_each_victim():
     assert found.steps.tolist() == [25 + 25 + 50 + 200] * 2
     assert every.steps.tolist() == [800] * 2
     # who is left was the best after 50 steps, by the objective alone
-    after = signed(50, restarts=4, schedule=engine.constant)
+    after = signed(50, restarts=4, schedule=rules.constant)
     assert found.loss.max() < engine.match(seen, targets, after, rngs(2), nothing).loss.min()
 
 
@@ -519,7 +519,7 @@ def test_a_lane_that_has_ended_is_nobodys_better_half(monkeypatch):
 @pytest.mark.parametrize(("patience", "steps"), [(0, 200), (30, 50), (60, 75)])
 def test_a_lane_that_stands_still_ends_after_its_patience(patience, steps):
     model, batch = built("mlp"), private(1)
-    still = signed(200, rule=engine.Adam(lr=1e-9), patience=patience)
+    still = signed(200, rule=rules.Adam(lr=1e-9), patience=patience)
     seen, targets = observed(model, [batch]), batch.targets[None]
     assert engine.match(seen, targets, still, rngs(1), nothing).steps.tolist() == [steps]
 
@@ -527,11 +527,11 @@ def test_a_lane_that_stands_still_ends_after_its_patience(patience, steps):
 def test_a_lane_that_still_falls_goes_on():
     model, batch = built("lenet"), private(1)
     seen, targets = observed(model, [batch]), batch.targets[None]
-    falling = signed(100, patience=25, rule=engine.Adam(lr=0.05))
+    falling = signed(100, patience=25, rule=rules.Adam(lr=0.05))
     assert engine.match(seen, targets, falling, rngs(1), nothing).steps.tolist() == [100]
 
 
-class FirstStill(engine.Adam):
+class FirstStill(rules.Adam):
     """Moves all lanes but the first."""
 
     def step(self, gradient, state, step, scale):
@@ -605,7 +605,7 @@ def test_recorded_steps_leave_a_rule_what_it_remembers(monkeypatch, known):
     model, batches = built("lenet"), [private(1, seed=v) for v in range(2)]
     targets = torch.stack([b.targets for b in batches]) if known else None
     seen = observed(model, batches)
-    search = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=40)
+    search = engine.Search(distance=engine.squared, rule=rules.LBFGS(), steps=40)
     plain = engine.match(seen, targets, search, rngs(2), nothing)
     monkeypatch.setattr(engine, "recorded", lambda fn, device: engine.Recorded(fn, played))
     again = engine.match(seen, targets, search, rngs(2), nothing)

@@ -11,7 +11,7 @@ from attacks.fedavg import _averaged, _epochs
 from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
 from defenses.prune import Prune
-from fedsec import engine, priors
+from fedsec import engine, priors, rules
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
 from fedsec.defense import Compose
 from fedsec.models import norm_stats
@@ -214,7 +214,7 @@ def test_a_strong_group_ends_at_one_image():
     seen = observed(model, [batch])
     spreads = []
     for weight in (0.0, 100.0):
-        search = signed(60, restarts=3, group=weight, rule=engine.Adam(lr=0.1), priors=())
+        search = signed(60, restarts=3, group=weight, rule=rules.Adam(lr=0.1), priors=())
         lanes = engine._Lanes(seen, batch.targets[None], search)
         state, x = search.rule.start(lanes.begin(rngs(1))), lanes.begin(rngs(1))
         for step in range(60):
@@ -374,15 +374,15 @@ def test_a_tiled_start_repeats_its_first_square():
 
 
 def test_warming_rises_and_then_leaves_the_schedule_as_it_is():
-    schedule = engine.warmed(engine.anneal(100), 10)
-    plain = engine.anneal(100)
+    schedule = rules.warmed(rules.anneal(100), 10)
+    plain = rules.anneal(100)
     assert schedule(0) == pytest.approx(0.1 * plain(0))
     assert schedule(4) == pytest.approx(0.5 * plain(4))
     assert [schedule(s) for s in (9, 50, 100)] == [plain(s) for s in (9, 50, 100)]
 
 
 def test_a_soft_sign_goes_from_nearly_the_sign_to_the_gradient():
-    rule = engine.Adam(lr=1.0, soft=10, betas=(0.0, 0.0), eps=1e30)  # the move is -g / eps
+    rule = rules.Adam(lr=1.0, soft=10, betas=(0.0, 0.0), eps=1e30)  # the move is -g / eps
     gradient = torch.tensor([[1.0, -2.0, 0.1, 0.0]])
     unit = gradient / gradient.square().mean().sqrt()
     for step, share in ((0, 1.0), (5, 0.5), (10, 1e-3)):

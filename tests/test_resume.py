@@ -19,7 +19,7 @@ from test_engine import built, nothing, observed, private, rngs, signed
 from test_records import ROW
 
 from attacks.inverting import Inverting
-from fedsec import console, cost, engine, experiment, records, resume
+from fedsec import console, cost, engine, experiment, records, resume, rules
 from fedsec.attack import Progress
 from fedsec.config import difference
 from fedsec.console import Console
@@ -57,7 +57,7 @@ def kept(folder: Path, told=nothing, state: resume.State | None = None) -> resum
 
 # ---- one search ---------------------------------------------------------------------------------
 
-LBFGS = engine.LBFGS(history=3)
+LBFGS = rules.LBFGS(history=3)
 
 
 def still_from(last: int) -> engine.Search:
@@ -66,14 +66,14 @@ def still_from(last: int) -> engine.Search:
 
 
 CASES = {
-    "adam": (signed(26, restarts=2, schedule=engine.decay(26)), True),
+    "adam": (signed(26, restarts=2, schedule=rules.decay(26)), True),
     "lbfgs": (engine.Search(distance=engine.squared, rule=LBFGS, steps=26), True),
     "halved": (signed(26, restarts=4, patience=9, halving=True, spectrum=1.5), True),
     "still from 14": (still_from(14), True),  # done at 23, before the end
     "still from 18": (still_from(18), True),  # not done before the end
     "labels": (engine.Search(distance=engine.squared, rule=LBFGS, steps=26), False),
     "retired": (
-        engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=150, enough=1e-3),
+        engine.Search(distance=engine.squared, rule=rules.LBFGS(), steps=150, enough=1e-3),
         True,
     ),
 }
@@ -164,8 +164,8 @@ def started_at(folder: Path, seen, targets, search, streams=None) -> int:
 
 SEARCHES = {
     "steps": {"steps": 27},
-    "schedule": {"schedule": engine.decay(27)},
-    "rule": {"rule": engine.Adam(lr=0.1, signed=False)},
+    "schedule": {"schedule": rules.decay(27)},
+    "rule": {"rule": rules.Adam(lr=0.1, signed=False)},
     "distance": {"distance": engine.squared},
     "prior": {"priors": ((1e-2, lambda images: images.mean()),)},
     "weight": {"priors": ((1e-3, engine.total_variation),)},

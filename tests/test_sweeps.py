@@ -19,7 +19,7 @@ from test_engine import (
 from torch import nn
 from torch.nn import functional as F
 
-from fedsec import cost, engine, sweeps
+from fedsec import cost, engine, rules, sweeps
 from fedsec.models import ResNet18Spec
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -275,7 +275,7 @@ def test_models_of_the_zoo_are_swept(name):
     """Under the tests' type checks, too: else what follows would compare autograd with itself."""
     seen, targets = observed(built(name), [private(2)]), private(2).targets[None]
     assert engine._Lanes(seen, targets, signed(1)).swept is not None
-    joint = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=1)
+    joint = engine.Search(distance=engine.squared, rule=rules.LBFGS(), steps=1)
     assert engine._Lanes(seen, None, joint).swept is not None
 
 
@@ -333,7 +333,7 @@ def test_lanes_retire_alike_with_and_without_sweeps(known, monkeypatch):
     batches = [private(1, seed=v) for v in range(3)]
     seen = observed(built("lenet"), batches)
     targets = torch.stack([b.targets for b in batches]) if known else None
-    rule = engine.Adam(lr=0.1)
+    rule = rules.Adam(lr=0.1)
     first = engine.Search(distance=engine.squared, rule=rule, steps=24, restarts=2)
     losses = engine.match(seen, targets, first, rngs(3), nothing).loss.sort().values
     search = engine.Search(
@@ -351,7 +351,7 @@ def test_lanes_retire_alike_with_and_without_sweeps(known, monkeypatch):
 
 def test_joint_labels_have_the_gradient_of_autograd():
     seen = observed(built("resnet8", "train"), [private(2, seed=v) for v in range(2)])
-    search = engine.Search(distance=engine.squared, rule=engine.LBFGS(), steps=1, restarts=2)
+    search = engine.Search(distance=engine.squared, rule=rules.LBFGS(), steps=1, restarts=2)
     lanes, active = engine._Lanes(seen, None, search), torch.tensor([0, 2, 3])
     x = torch.randn(3, lanes.pixels + 2 * CLASSES, dtype=torch.float64)
     for ours, plain in zip(lanes.objective(x, active), lanes.by_autograd(x, active), strict=True):
