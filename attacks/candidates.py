@@ -44,6 +44,10 @@ class Candidates(Attack):
     def __post_init__(self):
         require(self.classes >= 1, "classes", "must be at least 1", self.classes)
 
+    def gflop_at_most(self, seen):
+        tried = len(seen.candidates[0]) * self.classes
+        return tried * cost.update_gflop(seen.model, 1, seen.shape)
+
     def __call__(self, seen, rngs, progress):
         images, told, loss, flags, spent = [], [], [], [], []
 

@@ -60,6 +60,10 @@ class RGAP(Attack):
     def check(self, model):
         chain(model)
 
+    def gflop_at_most(self, seen):
+        # a layer's system is solved twice, and a step of LSMR is four forward passes
+        return 2 * self.iterations * 4 / 3 * cost.update_gflop(seen.model, seen.count, seen.shape)
+
     def __call__(self, seen, rngs, progress):
         update = seen.update if "update" in seen.grants else seen.aggregate
         model = copy.deepcopy(seen.model).double()

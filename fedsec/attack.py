@@ -57,6 +57,10 @@ class Attack:
         """Of one victim, worked on at the same time: its restarts."""
         return 1
 
+    def gflop_at_most(self, seen: Observation) -> float:
+        """GFLOP that one victim may take, where that may be much and is not said otherwise."""
+        return 0.0
+
     def __call__(
         self, seen: Observation, rngs: Sequence[torch.Generator], progress: Progress | Told
     ) -> Reconstruction:

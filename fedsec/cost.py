@@ -133,6 +133,16 @@ def backprop_gflop(model: nn.Module, batch: Batch) -> float:
         return flops_once(once, model, f"backprop {tuple(batch.images.shape)}")
 
 
+def update_gflop(model: nn.Module, count: int, shape: tuple[int, ...]) -> float:
+    """`backprop_gflop` of a batch of `count` images, which need not be known for that."""
+    like = next(model.parameters())
+    images = torch.zeros(max(2, count), *shape).to(like)  # BatchNorm may refuse a single one
+    with torch.no_grad():
+        classes = model(images).shape[1]
+    targets = torch.full((len(images), classes), 1 / classes).to(like)
+    return backprop_gflop(model, Batch(images, targets)) * count / len(images)
+
+
 # ---- seconds, memory, energy --------------------------------------------------------------------
 
 
