@@ -33,6 +33,7 @@ class InstaHide(Defense):
     upper: float  # in [1 / k, 1], bound on the largest coefficient
 
     mixes = True
+    random = True
 
     def __post_init__(self):
         require_mixable(self.k, self.upper)

@@ -33,6 +33,7 @@ class Mixup(Defense):
     upper: float  # in [1 / k, 1], bound on the largest coefficient
 
     mixes = True
+    random = True
 
     def __post_init__(self):
         require_mixable(self.k, self.upper)
@@ -49,7 +50,9 @@ def mixed(batch: Batch, k: int, upper: float, rng: torch.Generator, name: str) -
     require(len(batch) >= k, "victim_batch", rule, len(batch))
     weights = mixing(len(batch), k, upper, rng).to(batch.images)
     images = (weights @ batch.images.flatten(1)).view_as(batch.images)
-    return Batch(images.clamp(0.0, 1.0), weights.to(batch.targets) @ batch.targets)
+    targets = weights.to(batch.targets) @ batch.targets
+    mix = weights if batch.mix is None else weights @ batch.mix
+    return Batch(images.clamp(0.0, 1.0), targets, mix=mix)
 
 
 def mixing(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, "n n"]:

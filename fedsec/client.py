@@ -191,10 +191,12 @@ def schedule(count: int, local: Local) -> list[Tensor]:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     """All the batches as one, in their order."""
+    mixes = [b.mix for b in batches if b.mix is not None]
     return Batch(
         torch.cat([b.images for b in batches]),
         torch.cat([b.targets for b in batches]),
         tuple(i for b in batches for i in b.index),
+        torch.block_diag(*mixes) if len(mixes) == len(batches) else None,
     )
 
 

@@ -131,7 +131,8 @@ class Work:
 
     def joined(self, batches: list[Batch], count: int | None) -> Batch:
         whole = joined(batches)
-        return Batch(whole.images[:count], whole.targets[:count], whole.index[:count])
+        mix = None if whole.mix is None else whole.mix[:count, :count]
+        return Batch(whole.images[:count], whole.targets[:count], whole.index[:count], mix)
 
 
 class Site:

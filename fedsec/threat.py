@@ -64,6 +64,11 @@ def _pool(stack: Stack, name: str) -> list[Batch]:
     return pools
 
 
+def _mixing(trained: Batch) -> Tensor:
+    alone = torch.eye(len(trained)).to(trained.images)
+    return alone if trained.mix is None else trained.mix.to(alone, copy=True)
+
+
 def _norm_stats(stack: Stack) -> list[tuple[Tensor, Tensor]]:
     layers = range(len(stack[0].norm_stats))
     return [
@@ -118,9 +123,28 @@ FACTS: dict[str, Callable[[Stack], object]] = {
     ).clone(),
     # further models that a malicious server sent, each with the updates on it, as `update`
     "queries": _queries,
+    # how much of each private image is in each that the loss was told: [v, count, count]
+    "mixing": lambda stack: torch.stack([_mixing(e.trained) for e in stack]),
 }
+# Facts that all victims of a stack share; all others have the victims as their leading axis.
+SHARED = ("model", "count", "shape", "local", "mode", "data_range", "defense", "aux")
 # What an adversary that replaces the model knows when it makes the one that it sends.
 BEFOREHAND = ("count", "shape", "mode", "data_range", "local", "defense", "aux")
+
+
+def _rows(fact: object, rows: list[int]) -> Any:
+    """A fact of several victims -> of some of them."""
+    match fact:
+        case Tensor():
+            return fact[rows]
+        case Update():
+            return Update(_rows(fact.tensors, rows), _rows(fact.buffers, rows), fact.count)
+        case dict():
+            return {k: _rows(value, rows) for k, value in fact.items()}
+        case list() | tuple():
+            return type(fact)(_rows(value, rows) for value in fact)
+        case _:  # a further model, in `queries`
+            return fact
 
 
 class Observation:
@@ -140,6 +164,14 @@ class Observation:
     def unread(self) -> tuple[str, ...]:
         """Granted facts that nobody has looked at: an attack may assume less than it is given."""
         return tuple(name for name in self.grants if name not in self._read)
+
+    def of(self, victims: Sequence[int]) -> Observation:
+        """What is seen of these victims of the stack alone; read there is read here."""
+        rows = list(victims)
+        facts = {k: f if k in SHARED else _rows(f, rows) for k, f in self._facts.items()}
+        part = Observation(self._threat, facts)
+        part.__dict__["_read"] = self._read
+        return part
 
     def __getattr__(self, name: str) -> Any:
         if name in self._facts:

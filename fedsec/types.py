@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]  # by parameter or buffer name, in the model's own order
@@ -21,6 +21,7 @@ class Batch:
     images: Float[Tensor, "n c h w"]  # in [0, 1]; a model normalises for itself
     targets: Float[Tensor, "n k"]  # rows sum to one
     index: tuple[int, ...] = ()  # position of each image in its split; empty once mixed
+    mix: Float[Tensor, "n n"] | None = None  # once mixed: each image's weights of the private ones
 
     @property
     def labels(self) -> Int[Tensor, " n"]:
@@ -30,7 +31,8 @@ class Batch:
         return len(self.images)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.images.to(device), self.targets.to(device), self.index)
+        mix = None if self.mix is None else self.mix.to(device)
+        return Batch(self.images.to(device), self.targets.to(device), self.index, mix)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,21 @@ class Exchange:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One of several attacks on the same victims, and what it made of them."""
+
+    name: str
+    images: Float[Tensor, "v b c h w"]  # in [0, 1]
+    labels: Int[Tensor, "v b"]  # -1 where it has no belief
+    loss: Float[
+        Tensor, " v"
+    ]  # the objective by which stages are compared; infinite: it did not run
+    certified: Bool[Tensor, " v"]  # the images explain the update exactly
+    gflop: Float[Tensor, " v"]  # of this stage
+    seconds: Float[Tensor, " v"]  # of this stage, shared evenly by the victims that it ran on
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """What an attack returns for a stack of `v` victims with `b` images each."""
 
@@ -92,3 +109,4 @@ class Reconstruction:
     steps: Int[Tensor, " v"]  # optimisation steps taken; 0 for an analytic attack
     gflop: Float[Tensor, " v"]  # arithmetic spent on each victim, counted
     flags: tuple[tuple[str, ...], ...] = field(default=())  # plain words, one tuple for each victim
+    stages: tuple[Stage, ...] = ()  # where an attack runs several others: each, in order

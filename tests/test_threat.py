@@ -161,7 +161,8 @@ def test_what_an_adversary_does_to_its_observation_changes_no_exchange():
         for mean, var in seen.norm_stats:
             mean.fill_(7)
             var.fill_(7)
-        for tensor in (*seen.buffers.values(), seen.labels, seen.candidates, seen.aux.images):
+        rest = (seen.labels, seen.mixing, seen.candidates, seen.aux.images)
+        for tensor in (*seen.buffers.values(), *rest):
             tensor.fill_(7)
         for update in seen.history:
             for tensor in update.tensors.values():
@@ -182,6 +183,7 @@ def test_facts_are_what_they_say():
         for name, buffer in e.update.buffers.items():
             assert torch.equal(seen.buffers[name][v], buffer)
         assert torch.equal(seen.labels[v], e.trained.targets)
+        assert torch.equal(seen.mixing[v], torch.eye(2)), "nothing was mixed"
         for (mean, var), (m, s) in zip(seen.norm_stats, e.norm_stats, strict=True):
             assert torch.equal(mean[v], m)
             assert torch.equal(var[v], s)
