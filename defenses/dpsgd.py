@@ -44,6 +44,7 @@ class DPSGD(Defense):
     delta: float  # in (0, 1), below 1 / examples of a client
 
     poisson = True
+    random = True
 
     def __post_init__(self):
         require(0 < self.clip < math.inf, "clip", "must be above 0 and finite", self.clip)

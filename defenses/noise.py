@@ -32,6 +32,8 @@ class Noise(Defense):
     std: float  # >= 0, standard deviation, in units of the update's entries
     distribution: str  # gaussian or laplace
 
+    random = True
+
     def __post_init__(self):
         require(0 <= self.std < math.inf, "std", "must be at least 0 and finite", self.std)
         rule = f"must be {' or '.join(DISTRIBUTIONS)}"

@@ -96,6 +96,9 @@ def settings(cfg: DictConfig, names: dict[str, str]) -> Settings:
     return Settings(values, names, **parts)
 
 
+OPTIONS = Path(__file__).resolve().parent.parent / "configs"  # those that come with fedsec
+
+
 def presets(group: str, folders: list[Path]) -> dict[str, Any]:
     """Every option of a group, built with the values of its YAML."""
     found = {}

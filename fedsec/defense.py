@@ -39,6 +39,7 @@ class Defense:
 
     poisson = False  # training batches are drawn by Poisson sampling
     mixes = False  # images of the sent batch are no longer single private images
+    random = False  # the same batch twice gives different updates
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
@@ -112,6 +113,10 @@ class Compose(Defense):
     @property
     def mixes(self) -> bool:  # type: ignore[override]
         return any(p.mixes for p in self.parts)
+
+    @property
+    def random(self) -> bool:  # type: ignore[override]
+        return any(p.random for p in self.parts)
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:

@@ -9,7 +9,7 @@ import shlex
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,12 @@ from fedsec.console import Console
 from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense, Privacy
 from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
+from fedsec.flags import suspicious
+from fedsec.report.numbers import groups, scenarios
 from fedsec.rng import stream
+from fedsec.stages import chosen
 from fedsec.threat import Observation, ThreatModel, admit
-from fedsec.types import Batch, Exchange, Reconstruction, Tensors, Update
+from fedsec.types import Batch, Exchange, Reconstruction, Stage, Tensors, Update
 
 CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
@@ -213,11 +216,13 @@ class _Run:
             self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
             self.privacy[name] = _privacy(defense, federated)
             if not all(p.isfinite().all() for p in federated.model.parameters()):
-                self.flags.append(f"{name}: training diverged, the final model is not finite")
+                self.flags.append(
+                    f"{name}: training diverged, the final model is not finite [training-diverged]"
+                )
             if defense.poisson and job.keep_training:
                 self.flags.append(
                     f"{name}: the attack was told how many images each update holds, which the "
-                    "mechanism keeps private and epsilon does not cover"
+                    "mechanism keeps private and epsilon does not cover [count-is-private]"
                 )
             stage.close(
                 f"{clock.seconds:.1f} s   accuracy {100 * self.accuracy[name]:.1f} %"
@@ -348,6 +353,9 @@ class _Run:
             flags += list(attack.found.flags[v]) if attack.found.flags else []
             if None in said:
                 flags.append("label_pred, label_ok: the attack has no belief about labels")
+            steps = _steps(attack.found, v, truth, unit)
+            stages = attack.found.stages
+            pick = stages[chosen(stages)[v]].name if stages else None
             loss = float(attack.found.loss[v])
             gflop = float(attack.found.gflop[v])
             for i, index in enumerate(exchange.batch.index):
@@ -382,6 +390,9 @@ class _Run:
                         backprops=gflop / unit,
                         peak_mb=attack.peak_mb,
                         flags=tuple(flags),
+                        stage=pick,
+                        oracle_psnr=steps[i][-1].best_psnr if steps[i] else None,
+                        stages=tuple(asdict(step) for step in steps[i]),
                     )
                 )
                 first += 1
@@ -433,13 +444,15 @@ class _Run:
             flags.append(f"{attack} made no use of {facts}, which threat={threat} grants")
         nulls = match.join(self.nulls) if self.nulls else {}
         attacked = self.attack_seconds.get(name)
-        return {
+        test = self.plan.dataset.test
+        written = {
             "status": status,
             "utility": {
-                "test_images": len(self.plan.dataset.test),
+                "test_images": len(test),
                 "accuracy": own,
                 "control_accuracy": control,
                 "accuracy_loss": None if own is None or control is None else control - own,
+                "chance_accuracy": float(test.labels.bincount().max()) / len(test),
             },
             "privacy": {
                 "epsilon": privacy.epsilon,
@@ -465,7 +478,11 @@ class _Run:
             "command": self.plan.command,
             "choices": settings.names,
             "metrics": {"lpips": metrics.lpips_name(values.lpips)},
+            "random_defense": settings.defense.random,
         }
+        run = records.Run(self.plan.folder, written, tuple(self.rows), truncated=False)
+        flags += suspicious(scenarios(groups([run])))
+        return written
 
 
 @dataclass(frozen=True)
@@ -479,18 +496,56 @@ class _Attacked:
 
     def to_keep(self) -> tuple[Tensors, dict[str, Any]]:
         """Tensors, and what JSON can hold."""
-        tensors = {k: v for k, v in vars(self.found).items() if k != "flags"}
+        tensors = {k: v for k, v in vars(self.found).items() if k not in ("flags", "stages")}
+        for n, stage in enumerate(self.found.stages):
+            tensors |= {f"{n} {k}": v for k, v in vars(stage).items() if k != "name"}
         about = {k: v for k, v in vars(self).items() if k not in ("stack", "found")}
         images = sum(len(e.batch) for e in self.stack)
         more = {"unread": sorted(self.unread), "flags": self.found.flags, "images": images}
+        more["stages"] = [stage.name for stage in self.found.stages]
         return tensors, about | more
 
     @staticmethod
     def kept(stack: list[Exchange], tensors: Tensors, about: dict[str, Any]) -> _Attacked:
         """The same from what `to_keep` gave."""
-        found = Reconstruction(**tensors, flags=tuple(map(tuple, about["flags"])))
+        stages = tuple(
+            Stage(
+                name,
+                **{k.removeprefix(f"{n} "): t for k, t in tensors.items() if k.startswith(f"{n} ")},
+            )
+            for n, name in enumerate(about["stages"])
+        )
+        whole = {k: t for k, t in tensors.items() if " " not in k}
+        found = Reconstruction(**whole, flags=tuple(map(tuple, about["flags"])), stages=stages)
         own = {k: about[k] for k in ("seconds", "peak_mb", "reasons")}
         return _Attacked(stack, found, **own, unread=frozenset(about["unread"]))
+
+
+def _steps(
+    found: Reconstruction, victim: int, truth: Tensor, unit: float
+) -> list[list[records.Step]]:
+    """Of each image of a victim, the stages of its attack, with `unit` GFLOP a backprop."""
+    each: list[list[records.Step]] = [[] for _ in truth]
+    scores, best = [], torch.full((len(truth),), -math.inf, dtype=torch.float64)
+    for n, stage in enumerate(found.stages):
+        guess = stage.images[victim].detach().cpu().float()
+        scores.append(metrics.psnr(guess[match.match(guess, truth)], truth).double())
+        ran = bool(stage.gflop[victim] > 0 or n == 0)
+        best = torch.maximum(best, scores[-1]) if ran else best
+        pick = scores[chosen(found.stages, n + 1)[victim]]
+        for i, steps in enumerate(each):
+            steps.append(
+                records.Step(
+                    stage=stage.name,
+                    psnr=float(scores[-1][i]) if ran else None,
+                    chosen_psnr=float(pick[i]),
+                    best_psnr=float(best[i]),
+                    certified=bool(stage.certified[victim]),
+                    seconds=float(stage.seconds[victim]) / len(truth),
+                    backprops=float(stage.gflop[victim]) / unit,
+                )
+            )
+    return each
 
 
 def match_labels(said: list[int], true: list[int]) -> list[int | None]:

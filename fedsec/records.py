@@ -96,6 +96,22 @@ class Row:
     flags: tuple[str, ...] = ()
     null: str | None = None  # which baseline was the best null
     mode: str | None = None  # how BatchNorm behaved in the victim's step
+    stage: str | None = None  # of several attacks, the one that the attacker believes
+    oracle_psnr: float | None = None  # dB, of the best of them by the truth: an upper bound
+    stages: tuple[Mapping[str, Any], ...] = ()  # of each, in order: see `Step`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one of several attacks on a victim, one after the other, made of one image."""
+
+    stage: str
+    psnr: float | None  # dB, of its own reconstruction; None where it did not run
+    chosen_psnr: float | None  # dB, of the reconstruction that the attacker believes from here on
+    best_psnr: float | None  # dB, of the best so far by the truth: an upper bound
+    certified: bool  # it explains the update exactly
+    seconds: float  # of this attack alone
+    backprops: float
 
 
 @dataclass(frozen=True)
@@ -351,7 +367,8 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-_MEASURED = tuple(f.name for f in fields(Row) if f.default is None and f.name != "null")
+_ASIDE = ("null", "stage", "oracle_psnr")  # absent where they mean nothing
+_MEASURED = tuple(f.name for f in fields(Row) if f.default is None and f.name not in _ASIDE)
 _WHY = {"commit": "fedsec does not run from a checkout"}
 _REQUIRED = tuple(f.name for f in fields(Row) if f.default is MISSING)
 
@@ -413,7 +430,8 @@ def _parsed(line: bytes, where: str) -> Row:
     missing = [name for name in _REQUIRED if name not in values]
     require(not missing, where, "must have every field of a row; missing", ", ".join(missing))
     known: dict[str, Any] = {f.name: values[f.name] for f in fields(Row) if f.name in values}
-    known["flags"] = tuple(_listed(known.get("flags")))
+    for name in ("flags", "stages"):
+        known[name] = tuple(_listed(known.get(name)))
     return Row(**known)
 
 

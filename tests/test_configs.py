@@ -31,7 +31,7 @@ from fedsec.types import Batch, Exchange, Local, Reconstruction, Update
 
 LEAST = {"attack": 4, "defense": 6, "threat": 4, "client": 2, "data": 8, "model": 8,
          "federation": 2}  # fmt: skip
-OTHER = {"sweep", "hydra"}  # folders whose files are words for Hydra, not classes
+OTHER = {"assumption", "sweep", "hydra"}  # folders whose files are words for Hydra, not classes
 FILES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in OTHER)
 CLASSES = [p for p in FILES if p.stem != "composed"]  # a list of defenses fills that one in
 
@@ -353,7 +353,7 @@ def exchanges(dataset):
 
 def short(name: str):
     """The attack with about as many evaluations as fit into a moment."""
-    one = preset("attack", name, steps=1, restarts=1)
+    one = preset("attack", name, steps=1, restarts=1, budget=40)
     return one if one.evaluations > 1 else preset("attack", name, steps=3, restarts=1)
 
 

@@ -10,12 +10,14 @@ from pathlib import Path
 from fedsec import records
 from fedsec.checks import Refused, require
 from fedsec.records import Run
-from fedsec.report.numbers import Scenario, config, groups, scenarios
+from fedsec.report.numbers import Scenario, by_stage, config, groups, scenarios
 from fedsec.report.page import write
 from fedsec.report.words import (
     COST,
     IMAGES,
     LEAKAGE,
+    STAGES,
+    UPPER,
     UTILITY,
     Column,
     answers,
@@ -48,6 +50,14 @@ def show(runs: Sequence[Run], console) -> None:
                 console.print(Text(f"\n{scenario.heading}"))
             table = _table(columns, scenario, narrow=console.width < 120)
             console.print(Text(table), soft_wrap=True)
+    staged = by_stage(scenarios(found))
+    if staged:
+        console.print(Text("\nstage by stage: what the attacker believes after it", "bold"))
+        console.print(Text(_wrapped(UPPER, wide, "  "), "dim"))
+    for scenario in staged:
+        if scenario.heading:
+            console.print(Text(f"\n{scenario.heading}"))
+        console.print(Text(_table(STAGES, scenario, narrow=console.width < 120)), soft_wrap=True)
     flags = warnings(runs, found)
     if flags:
         console.print()

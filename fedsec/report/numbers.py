@@ -180,10 +180,13 @@ class Scenario:
 
     heading: str  # what tells it from the others; "" where it is the only one
     groups: tuple[Group, ...]
+    names: tuple[str, ...] = ()  # of the groups, where they differ in more than their defense
 
     @property
     def labels(self) -> list[str]:
         """For each group its defense, and hyperparameters where they differ."""
+        if self.names:
+            return list(self.names)
         return [self.label(group) for group in self.groups]
 
     def label(self, group: Group) -> str:
@@ -210,6 +213,38 @@ def scenarios(found: Sequence[Group]) -> list[Scenario]:
         words += [each[0].status] if each[0].status != "done" else []
         split.append(Scenario(" · ".join(words), tuple(each)))
     return split
+
+
+def by_stage(found: Sequence[Scenario]) -> list[Scenario]:
+    """The same after each stage of attacks that run several; nothing of others.
+
+    Rows stand as the attacker had them then: `psnr` of what it believed, `oracle_psnr` of the best
+    so far, `seconds` and `backprops` of all stages up to that one.
+    """
+    split = []
+    for scenario in found:
+        parts: dict[str, Group] = {}
+        for label, group in zip(scenario.labels, scenario.groups, strict=True):
+            order = list(dict.fromkeys(step["stage"] for row in group.rows for step in row.stages))
+            for n, stage in enumerate(order):
+                rows = tuple(_after(row, order[: n + 1]) for row in group.rows if row.stages)
+                parts[f"{label}: {stage}"] = replace(group, rows=rows)
+        if parts:
+            split.append(Scenario(scenario.heading, tuple(parts.values()), tuple(parts)))
+    return split
+
+
+def _after(row: Row, stages: Sequence[str]) -> Row:
+    """A row as it stood after the last of these stages."""
+    done = [step for step in row.stages if step["stage"] in stages]
+    return replace(
+        row,
+        psnr=done[-1]["chosen_psnr"],
+        oracle_psnr=done[-1]["best_psnr"],
+        seconds=sum(step["seconds"] for step in done),
+        backprops=sum(step["backprops"] for step in done),
+        stages=tuple(done),
+    )
 
 
 def _differing(group: Group, peers: Sequence[Group]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsec import records
 from fedsec.records import Run
-from fedsec.report.numbers import Estimate, Group, Scenario, groups, inner, scenarios
+from fedsec.report.numbers import Estimate, Group, Scenario, by_stage, groups, inner, scenarios
 from fedsec.report.pictures import grid_cells
 from fedsec.report.words import (
     ABSENT,
@@ -18,6 +18,8 @@ from fedsec.report.words import (
     FACTS,
     IMAGES,
     LEAKAGE,
+    STAGES,
+    UPPER,
     UTILITY,
     answers,
     common,
@@ -67,6 +69,9 @@ def _page(runs: Sequence[Run], found: Sequence[Group]) -> dict[str, Any]:
         "flags": warnings(runs, found),
         "few": fewest(found) < ENOUGH,
         "scenarios": scenarios(found),
+        "staged": by_stage(scenarios(found)),
+        "upper": UPPER,
+        "stages": STAGES,
         "tables": {"leakage": LEAKAGE, "images": IMAGES, "utility": UTILITY, "cost": COST},
         "plots": [
             (scenario.heading, plot, _plot(scenario, 340, 330))

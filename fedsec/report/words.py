@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import filterfalse
 
+from fedsec import flags
 from fedsec.records import Run
 from fedsec.report.numbers import FEWEST, Estimate, Group, Scenario, scenarios
 
@@ -30,6 +32,7 @@ FACTS = {
     "aux": "public images of the same kind",
     "candidates": "a pool of images that holds the private one",
     "queries": "further models that the server sent, and the answers to them",
+    "mixing": "which private images a mixing defense mixed, and how much of each",
 }
 
 Cell = tuple[str, str]  # a value, and its interval or a remark
@@ -125,6 +128,25 @@ COST = (
     Column("peak memory", "MB", "lower = cheaper attack", _mean("peak_mb", 0)),
     Column("steps", "", "", _mean("steps", 0)),
 )
+
+
+UPPER = (
+    "An attacker believes what explains the update exactly, or else has the least objective. The "
+    "upper bound is the best of the stages by the truth, which no attacker can choose."
+)
+STAGES = (
+    Column("PSNR", "dB", "higher = more leaked", lambda g: _cell(g.psnr, 1)),
+    Column("upper bound", "dB", "higher = more leaked", _mean("oracle_psnr", 1)),
+    Column("success", "%", "higher = more leaked", lambda g: _cell(g.success, 0, 100.0)),
+    Column("certified", "% of images", "higher = more leaked", lambda g: _certified(g)),
+    Column("backprops", "so far", "lower = cheaper attack", _mean("backprops", 0)),
+    Column("time", "s so far", "lower = cheaper attack", _mean("seconds", 1)),
+)
+
+
+def _certified(group: Group) -> Cell:
+    sure = [any(step["certified"] for step in row.stages) for row in group.rows]
+    return _number(sum(sure) / max(1, len(sure)), 0, 100.0), ""
 
 
 def answers(found: Sequence[Group]) -> list[tuple[str, str]]:
@@ -231,9 +253,7 @@ def warnings(runs: Sequence[Run], found: Sequence[Group]) -> list[str]:
         if FEWEST <= least < 6:
             wide += " and hold less often than stated"
         said.append(f"{least} {word}: {wide}; images=64 gives a result that can be cited")
-    for group in found:
-        if group.control and group.leaks is False and group.status == "done":
-            said.append("the control is not above the null: this says nothing about a defense")
+    said += flags.suspicious(scenarios(found))
     if found and not any(group.control for group in found):
         said.append("no control: whether the defense or the setting stopped the attack is unknown")
     attacks: dict[str, set[str]] = {}
@@ -261,13 +281,17 @@ def fewest(found: Sequence[Group]) -> int:
 
 
 def _flags(runs: Sequence[Run], found: Sequence[Group]) -> list[str]:
-    """The runs' own flags, and those of their rows, with how often each was raised."""
-    said = Counter(str(f) for run in runs for f in (run.run or {}).get("flags") or ())
+    """The runs' own flags, and those of their rows, with how often each was raised.
+
+    Without what `flags.suspicious` says of all of them.
+    """
+    own = (str(f) for run in runs for f in (run.run or {}).get("flags") or ())
+    said = Counter(f for f in own if not f.endswith(tuple(f"[{n}]" for n in flags.NAMES)))
     lines = [text + (f" ({n} runs)" if n > 1 else "") for text, n in said.items()]
     rows = [row for group in found for row in group.rows]
     raised: dict[str, Counter[str]] = {}
     for row in rows:
-        for flag in row.flags:
+        for flag in filterfalse(flags.SUMMED.match, row.flags):
             raised.setdefault(flag, Counter())[row.defense] += 1
     totals = Counter(row.defense for row in rows)
     for text, counts in raised.items():

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from defenses.noise import Noise
 from defenses.prune import Prune
 from fedsec import config, metrics
+from fedsec.attack import Attack
 from fedsec.client import FedAvg, Gradient, client_streams, local_update, schedule
 from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense
@@ -19,17 +20,64 @@ from fedsec.match import match
 from fedsec.models import LeNetSpec, MLPSpec, ModelSpec, ResNetSpec, norm_stats
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel
-from fedsec.types import Batch, Exchange
+from fedsec.types import Batch, Exchange, Reconstruction, Stage
 from fedsec.verify.claim import Claim
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN = LeNetSpec(mean=(0.0,) * 3, std=(1.0,) * 3)  # images as they are, as in DLG's own code
 
 
 @cache
 def presets(group: str) -> dict[str, Any]:
     """The options of configs/GROUP, with the values of their YAML."""
-    return config.presets(group, [CONFIGS])
+    return config.presets(group, [config.OPTIONS])
+
+
+def victims_of(
+    dataset: Dataset,
+    spec: ModelSpec,
+    *,
+    victims: int,
+    count: int,
+    client: Gradient | FedAvg | None = None,
+    defense: Defense | None = None,
+    model: nn.Module | None = None,
+) -> list[Exchange]:
+    """Updates that clients sent of victims x count test images; of a fresh model, or of `model`."""
+    client = client or Gradient(lr=0.1, batch=count)
+    rng = stream(0, "verify", "model")
+    model = model or spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+    exchanges = []
+    for v in range(victims):
+        # neighbours look alike
+        rows = [(53 * (v * count + i)) % len(dataset.test) for i in range(count)]
+        batch = dataset.test.batch(rows, dataset.classes)
+        parts = [Batch(batch.images[i], batch.targets[i]) for i in schedule(count, client.local)]
+        streams = client_streams(0, v, 0, "verify")
+        protect = defense or Compose(())
+        sent, trained = local_update(model, parts, protect, client.local, streams, count)
+        known = (client.local, protect, norm_stats(model, batch.images))
+        exchanges.append(Exchange(0, (v,), model, spec.mode, sent, batch, trained, *known))
+    return exchanges
+
+
+def found_by(
+    attack: Attack, exchanges: list[Exchange], threat: str, without: frozenset[str] = frozenset()
+) -> Reconstruction:
+    """What the attack makes of the exchanges, as one stack."""
+    grants = tuple(g for g in presets("threat")[threat].grants if g not in without)
+    seen = ThreatModel(grants=grants, name=threat).observe(exchanges)
+    rngs = [stream(0, "attack", v) for v in range(len(exchanges))]
+    with torch.no_grad():
+        return attack(seen, rngs, lambda *_: None)
+
+
+def scored(found: Reconstruction | Stage, exchanges: list[Exchange]) -> list[float]:
+    """PSNR of each image, matched one to one within an update."""
+    scores = []
+    for guess, exchange in zip(found.images, exchanges, strict=True):
+        truth = exchange.batch.images
+        scores += metrics.psnr(guess[match(guess, truth)], truth).tolist()
+    return scores
 
 
 def decibels(
@@ -46,31 +94,10 @@ def decibels(
     **changed: Any,
 ) -> list[float]:
     """PSNR of each of victims x count test images, from updates that a client sent of them."""
-    spec, client = spec or LeNetSpec(), client or Gradient(lr=0.1, batch=count)
-    rng = stream(0, "verify", "model")
-    model = spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
-    exchanges = []
-    for v in range(victims):
-        # neighbours look alike
-        rows = [(53 * (v * count + i)) % len(dataset.test) for i in range(count)]
-        batch = dataset.test.batch(rows, dataset.classes)
-        parts = [Batch(batch.images[i], batch.targets[i]) for i in schedule(count, client.local)]
-        streams = client_streams(0, v, 0, "verify")
-        protect = defense or Compose(())
-        sent, _ = local_update(model, parts, protect, client.local, streams, count)
-        known = (client.local, protect, norm_stats(model, batch.images))
-        exchanges.append(Exchange(0, (v,), model, spec.mode, sent, batch, batch, *known))
-    grants = tuple(g for g in presets("threat")[threat].grants if g not in without)
-    seen = ThreatModel(grants=grants, name=threat).observe(exchanges)
+    of = {"victims": victims, "count": count, "client": client, "defense": defense}
+    exchanges = victims_of(dataset, spec or LeNetSpec(), **of)
     solver = replace(presets("attack")[attack], **changed)
-    rngs = [stream(0, "attack", v) for v in range(victims)]
-    with torch.no_grad():
-        found = solver(seen, rngs, lambda *_: None)
-    scores = []
-    for v, exchange in enumerate(exchanges):
-        paired = found.images[v][match(found.images[v], exchange.batch.images)]
-        scores += metrics.psnr(paired, exchange.batch.images).tolist()
-    return scores
+    return scored(found_by(solver, exchanges, threat, without), exchanges)
 
 
 def mean(dataset: Dataset, **setting: Any) -> float:

@@ -1,0 +1,106 @@
+"""What the update gives away, by every attack that the threat model admits: the worst case."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from fedsec import config, engine, priors
+from fedsec.attack import Attack
+from fedsec.checks import positive
+from fedsec.stages import Race, admitted, smooth
+from fedsec.threat import Observation
+from fedsec.types import Local, Reconstruction
+
+EXACT = ("linear", "april", "rgap", "spear", "cocktail")  # cheap to dear
+LR, BN = 0.5, 0.03  # of matching: as in attack=inverting; weight of BatchNorm statistics
+LONG = 2000  # steps up to which a longer run gains more than another start does
+
+
+@dataclass(frozen=True, kw_only=True)
+class Auto(Attack):
+    """The suite, from cheap to dear, at one budget: no other parameter (cf. Croce and Hein 2020).
+
+    After AutoAttack, whose worst case over diverse attacks, none of them tuned to the defense, made
+    robustness claims comparable. The stages, each as far as the threat model admits it and the
+    model suits it, with the values of its own YAML: labels; exact leaks (linear, april, rgap,
+    spear, cocktail); candidates; matching that knows the defense, of `LONG` steps, with as many
+    restarts as the budget pays beyond that; and learning to invert.
+
+    A stage that may cost more than half the budget is left out (rgap, candidates and lti, where it
+    is small). A reconstruction that explains the update exactly is certified, and ends the search
+    for its victim. Else that with the least objective is chosen (fedsec/stages.py): by what an
+    attacker has. Every stage's result is returned beside it, so that the best of them by the truth,
+    which no attacker could choose, can be reported as an upper bound.
+    """
+
+    budget: float  # backprop equivalents for each attacked update, > 0
+
+    needs = frozenset({"model", "update|aggregate", "count", "shape"})
+
+    def __post_init__(self):
+        positive(self, "budget")
+
+    @property
+    def evaluations(self):
+        return max(1, int(self.budget / 3))
+
+    def __call__(self, seen, rngs, progress):
+        race, suite = Race(seen, rngs, progress, self.budget), _suite()
+        exact = EXACT if _whole(seen) else EXACT[:1]  # a row read off bears noise, equations none
+        for name in (*exact, "candidates", "lti"):
+            attack = suite[name]
+            if admitted(attack, seen) and 2 * attack.gflop_at_most(seen) <= race.budget:
+                race.run(name, attack, race.open)
+        mixes = "defense" in seen.grants and seen.defense.mixes
+        if mixes and admitted(suite["unmix"], seen):  # it matches twice: jointly with labels too
+            for share, victims in race.left.items():
+                steps = _steps(race, victims, share / 4)
+                race.run("unmix", replace(suite["unmix"], steps=steps), victims, share / 2)
+        for share, victims in race.left.items():
+            race.run("match", _matching(race, victims, share), victims, share)
+        return race.result()
+
+
+def _matching(race: Race, victims: list[int], share: float) -> Callable[..., Reconstruction]:
+    """`attack=inverting`, with BatchNorm statistics as well, for `share` of the budget."""
+    steps, targets = _steps(race, victims, share), race.targets[victims]
+    restarts = max(1, steps // LONG)
+
+    def matched(seen, rngs, progress):
+        how = {"steps": steps // restarts, "lr": LR, "restarts": restarts}
+        search = engine.spectral(priors=_priors(seen), **how)
+        return engine.match(seen, targets, search, rngs, progress)
+
+    return matched
+
+
+def _priors(seen: Observation):
+    terms = smooth(seen)
+    # a step in eval mode leaves no trace of its batch in the buffers
+    if "buffers" in seen.grants and "mode" in seen.grants and seen.mode == "train":
+        same = priors.same_statistics(seen, "inferred")
+        terms = (*terms, (BN, same)) if same else terms
+    return terms
+
+
+def _steps(race: Race, victims: list[int], share: float) -> int:
+    """Of matching, with `share` of the budget; the last look costs one."""
+    seen, targets = race.seen.of(victims), race.targets[victims]
+    search = engine.spectral(steps=1, lr=LR, priors=_priors(seen))
+    return max(1, int(share * race.budget / engine.step_gflop(seen, targets, search)) - 1)
+
+
+def _whole(seen: Observation) -> bool:
+    """Whether, as far as is known, the update was sent with all its entries and without noise."""
+    if "defense" not in seen.grants:
+        return True
+    update = seen.update if "update" in seen.grants else seen.aggregate
+    local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+    return seen.defense.mask(update) is None and not any(seen.defense.noise(local))
+
+
+@cache
+def _suite() -> dict[str, Any]:
+    """The attacks with the values of their YAML."""
+    return config.presets("attack", [config.OPTIONS])
