@@ -131,7 +131,8 @@ def _run(cfg: DictConfig) -> int:
     if several:
         folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
     own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
-    command = shlex.join(["python", "-m", "fedsec.run", *chosen.overrides.task, *own])
+    given = [word for word in chosen.overrides.task if not word.startswith("sweep=")]  # one cell
+    command = shlex.join(["python", "-m", "fedsec.run", *given, *own])
     plan = None
     while True:
         try:

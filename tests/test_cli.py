@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
 from fedsec import config, experiment, federation, process, records, report
 from fedsec.console import Console
 from fedsec.run import CONFIGS, prepared
+from fedsec.threat import admit
 
 FILES = {"run.json", "records.jsonl", "config.yaml", "grid.png", "report.html"}
 ROW = {
@@ -326,6 +328,56 @@ def test_an_interruption_ends_the_sweep_too(go, tmp_path, monkeypatch):
     assert (status, err) == (130, "")
     assert len(list((tmp_path / "out").glob("0*"))) == 1
     assert "interrupted: what was finished is kept" in out
+
+
+# What each cell of sweep=assumptions changes, and in which other cell.
+ASSUMPTIONS = {
+    "realistic": ("realistic", set()),
+    "labels_known": ("realistic", {"threat"}),
+    "batch4": ("realistic", {"victim_batch", "images"}),
+    "batch4_labels_known": ("batch4", {"threat"}),
+    "local_steps": ("realistic", {"client"}),
+    "resnet20": ("realistic", {"model", "images", "rounds", "attack_rounds"}),
+    "eval_mode": ("resnet20", {"model", "rounds", "attack_rounds"}),
+    "statistics_none": ("resnet20", {"attack"}),
+    "statistics_running": ("statistics_none", {"attack"}),
+    "statistics_inferred": ("statistics_none", {"attack"}),
+    "statistics_exact": ("statistics_none", {"attack", "threat"}),
+}
+
+
+def test_a_named_sweep_runs_its_cells_with_the_overrides_of_the_command_line(go, tmp_path):
+    wanted = ("sweep=assumptions", "assumption=realistic,labels_known", "images=2")
+    status, _, err = go(*wanted, "rounds=0", "attack_rounds=[0]", steps=1)
+    assert (status, err) == (0, "")
+    cells = sorted(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    threats = [[row["threat"] for row in tiny.rows(cell)] for cell in cells]
+    assert threats == [["honest_server"] * 2, ["known_labels"] * 2]
+    command = tiny.whole(cells[1])["command"]  # of this cell alone
+    assert "assumption=labels_known" in command
+    assert "sweep=" not in command
+
+
+def test_each_assumption_is_a_run_that_changes_one_thing():
+    def composed(name: str) -> tuple[dict, dict]:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("run", [f"assumption={name}"], return_hydra_config=True)
+        names = {group: cfg.hydra.runtime.choices[group] for group in config.GROUPS}
+        cfg = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"])
+        assert isinstance(cfg, DictConfig)
+        found = config.settings(cfg, names)
+        admit(names["attack"], found.attack.needs, found.threat, {}, found.attack.tampers)
+        plain = OmegaConf.to_container(cfg)
+        assert isinstance(plain, dict)
+        return plain, names
+
+    params = OmegaConf.load(CONFIGS / "sweep/assumptions.yaml").hydra.sweeper.params
+    assert params.assumption.split(",") == list(ASSUMPTIONS)
+    assert {path.stem for path in (CONFIGS / "assumption").glob("*.yaml")} == set(ASSUMPTIONS)
+    for name, (other, keys) in ASSUMPTIONS.items():
+        (one, ours), (two, theirs) = composed(name), composed(other)
+        assert {k for k in one if one[k] != two[k]} == keys, name
+        assert {k for k in ours if ours[k] != theirs[k]} <= keys, name
 
 
 # ---------------------------------------------------------------- refusals
