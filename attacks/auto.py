@@ -13,7 +13,7 @@ from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction
 
 EXACT = ("linear", "april", "rgap", "spear", "cocktail")  # cheap to dear
-LR, BN = 0.5, 0.03  # of matching: as in attack=inverting; weight of BatchNorm statistics
+LR, BN = 0.5, 0.3  # of matching: as in attack=inverting; weight of BatchNorm statistics
 LONG = 2000  # steps up to which a longer run gains more than another start does
 
 

@@ -261,8 +261,8 @@ def warnings(runs: Sequence[Run], found: Sequence[Group]) -> list[str]:
         if not group.control:
             attacks.setdefault(group["defense"], set()).add(group["attack"])
     for defense, names in attacks.items():
-        if len(names) == 1:
-            said.append(f"{defense} was attacked by {min(names)} only; another may get further")
+        if len(names) == 1 and names != {"auto"}:
+            said.append(f"{defense} was attacked by {min(names)} only; attack=auto tries the others")
     if any(g.accuracy.count == 1 and not g.control for g in found):
         said.append("accuracy lost comes from one training run; more seeds give an interval")
     for run in runs:
