@@ -10,7 +10,7 @@ from fedsec.attack import Attack
 from fedsec.checks import positive
 from fedsec.stages import Race, admitted, smooth
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction
+from fedsec.types import Reconstruction
 
 EXACT = ("linear", "april", "rgap", "spear", "cocktail")  # cheap to dear
 LR, BN = 0.5, 0.3  # of matching: as in attack=inverting; weight of BatchNorm statistics
@@ -24,14 +24,16 @@ class Auto(Attack):
     After AutoAttack, whose worst case over diverse attacks, none of them tuned to the defense, made
     robustness claims comparable. The stages, each as far as the threat model admits it and the
     model suits it, with the values of its own YAML: labels; exact leaks (linear, april, rgap,
-    spear, cocktail); candidates; matching that knows the defense, of `LONG` steps, with as many
-    restarts as the budget pays beyond that; and learning to invert.
+    spear, cocktail); candidates; learning to invert; and matching that knows the defense, of `LONG`
+    steps, with as many restarts as the budget pays beyond that. Where a defense is known to mix
+    images, only unmix and matching run: what the others find is no image that was private.
 
-    A stage that may cost more than half the budget is left out (rgap, candidates and lti, where it
-    is small). A reconstruction that explains the update exactly is certified, and ends the search
-    for its victim. Else that with the least objective is chosen (fedsec/stages.py): by what an
-    attacker has. Every stage's result is returned beside it, so that the best of them by the truth,
-    which no attacker could choose, can be reported as an upper bound.
+    A stage that may cost more than half of what is left is left out (rgap, spear, cocktail,
+    candidates and lti). A reconstruction that explains the update exactly, or a candidate that is
+    likelier than all others by odds of 20 to 1, is certified, and ends the search for its victim.
+    Else that with the least objective is chosen (fedsec/stages.py): by what an attacker has. Every
+    stage's result is returned beside it, so that the best of them by the truth, which no attacker
+    could choose, can be reported as an upper bound.
     """
 
     budget: float  # backprop equivalents for each attacked update, > 0
@@ -47,12 +49,11 @@ class Auto(Attack):
 
     def __call__(self, seen, rngs, progress):
         race, suite = Race(seen, rngs, progress, self.budget), _suite()
-        exact = EXACT if _whole(seen) else EXACT[:1]  # a row read off bears noise, equations none
-        for name in (*exact, "candidates", "lti"):
-            attack = suite[name]
-            if admitted(attack, seen) and 2 * attack.gflop_at_most(seen) <= race.budget:
-                race.run(name, attack, race.open)
         mixes = "defense" in seen.grants and seen.defense.mixes
+        for name in () if mixes else (*_exact(seen), "candidates", "lti"):
+            attack = suite[name]
+            if admitted(attack, seen):
+                race.run(name, attack, race.able(2 * attack.gflop_at_most(seen)))
         if mixes and admitted(suite["unmix"], seen):  # it matches twice: jointly with labels too
             for share, victims in race.left.items():
                 steps = _steps(race, victims, share / 4)
@@ -69,14 +70,14 @@ def _matching(race: Race, victims: list[int], share: float) -> Callable[..., Rec
 
     def matched(seen, rngs, progress):
         how = {"steps": steps // restarts, "lr": LR, "restarts": restarts}
-        search = engine.spectral(priors=_priors(seen), **how)
+        search = engine.spectral(priors=_priors(seen, how["steps"]), **how)
         return engine.match(seen, targets, search, rngs, progress)
 
     return matched
 
 
-def _priors(seen: Observation):
-    terms = smooth(seen)
+def _priors(seen: Observation, steps: int):
+    terms = smooth(seen, steps)
     # a step in eval mode leaves no trace of its batch in the buffers
     if "buffers" in seen.grants and "mode" in seen.grants and seen.mode == "train":
         same = priors.same_statistics(seen, "inferred")
@@ -87,8 +88,13 @@ def _priors(seen: Observation):
 def _steps(race: Race, victims: list[int], share: float) -> int:
     """Of matching, with `share` of the budget; the last look costs one."""
     seen, targets = race.seen.of(victims), race.targets[victims]
-    search = engine.spectral(steps=1, lr=LR, priors=_priors(seen))
+    search = engine.spectral(steps=1, lr=LR, priors=_priors(seen, 1))
     return max(1, int(share * race.budget / engine.step_gflop(seen, targets, search)) - 1)
+
+
+def _exact(seen: Observation) -> tuple[str, ...]:
+    """Those that make sense: a row can be read off with noise, equations cannot be solved."""
+    return EXACT if _whole(seen) else EXACT[:1]
 
 
 def _whole(seen: Observation) -> bool:
@@ -96,8 +102,7 @@ def _whole(seen: Observation) -> bool:
     if "defense" not in seen.grants:
         return True
     update = seen.update if "update" in seen.grants else seen.aggregate
-    local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
-    return seen.defense.mask(update) is None and not any(seen.defense.noise(local))
+    return seen.defense.mask(update) is None and not any(seen.defense.noise(seen.step))
 
 
 @cache

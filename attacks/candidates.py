@@ -46,7 +46,10 @@ class Candidates(Attack):
 
     def gflop_at_most(self, seen):
         tried = len(seen.candidates[0]) * self.classes
-        return tried * cost.update_gflop(seen.model, 1, seen.shape)
+        entries = sum(t[0].numel() for t in seen.update.tensors.values())
+        products = 2e-9 * tried * (tried + 2) * entries if seen.count > 1 else 0.0
+        looks = (tried + seen.count) * max(1, seen.step.steps)
+        return products + looks * cost.update_gflop(seen.model, 1, seen.shape)
 
     def __call__(self, seen, rngs, progress):
         images, told, loss, flags, spent = [], [], [], [], []

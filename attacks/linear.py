@@ -66,6 +66,8 @@ class Linear(Attack):
 
 def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The `count` most credible images [b, c, h, w] among the neurons of one victim."""
+    if not (rows.isfinite().all() and bias.isfinite().all()):
+        return rows.new_full((seen.count, *seen.shape), 0.5)
     order = bias.abs().argsort(descending=True)
     order = order[bias[order] != 0][:NEURONS]
     normalise = seen.model.normalise

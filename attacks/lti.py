@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from fedsec import cost, engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import at_least, positive
-from fedsec.lti import Clients, Reader, assigned, streams_of
+from fedsec.lti import BUCKETS, KNOWN, Clients, Reader, assigned, streams_of
 from fedsec.types import Local, Reconstruction, Tensors
 
 EVERY = 25  # steps between two words on progress
@@ -55,7 +56,12 @@ class LTI(Attack):
         pixels = seen.count * math.prod(seen.shape)
         weights = self.width * (self.features + self.width + pixels)
         training = 6e-9 * weights * self.batch * self.steps  # forward and backward
-        return training + self.updates * cost.update_gflop(seen.model, seen.count, seen.shape)
+        update = seen.update if "update" in seen.grants else seen.aggregate
+        entries = min(sum(t[0].numel() for t in update.tensors.values()), BUCKETS)
+        components = 2e-9 * entries * (KNOWN**2 + 4 * self.updates * self.features)
+        updates = (self.updates + 1) * max(1, seen.step.steps)
+        one = cost.update_gflop(seen.model, seen.count, seen.shape)
+        return training + components + updates * one
 
     def __call__(self, seen, rngs, progress):
         update = seen.update if "update" in seen.grants else seen.aggregate
@@ -89,9 +95,15 @@ class LTI(Attack):
         everything = updates + self.steps
         pairs, spent = clients.pairs(updates, lambda done, loss: progress(done, everything, loss))
         sizes, granted = (self.features, self.width), "labels" in seen.grants
-        reader = Reader.of(pairs, clients.hashed, granted, *sizes, streams("network"))
-        x, y = reader.features(pairs.rows, pairs.told), pairs.images.flatten(2)
-        noise = reader.components(pairs.noise + reader.components.mean)
+        made: list[Any] = []
+
+        def read() -> None:
+            reader = Reader.of(pairs, clients.hashed, granted, *sizes, streams("network"))
+            noise = reader.components(pairs.noise + reader.components.mean)
+            made.extend((reader, reader.features(pairs.rows, pairs.told), noise))
+
+        spent += cost.flops(read)
+        (reader, x, noise), y = made, pairs.images.flatten(2)
         noise = F.pad(noise, (0, x.shape[1] - noise.shape[1]))  # none on labels
         network, rng = reader.network, streams("training")
         adam = torch.optim.Adam(network.parameters, lr=self.lr)

@@ -73,6 +73,8 @@ class Unmix(Attack):
         if mixer is not None and weights is None and mixed is not None:
             weights = unmix.told(mixed)
         matched = told is None
+        if _several(seen):
+            weights = None
         if matched and isinstance(mixer, Mixup) and weights is not None and mixed is not None:
             sources = self._match(_through(seen, weights), targets, self.smooth, rng, progress)
             believed = _labels(weights, mixed)
@@ -86,6 +88,8 @@ class Unmix(Attack):
             return _said(found, why) if seen.defense.mixes else found
         if matched and isinstance(mixer, InstaHide):
             return _said(found, "too inexact to solve for signs; these are the encodings")
+        if _several(seen):
+            return _said(found, "local steps mix anew, or parts of the batch; these are encodings")
         if weights is None and isinstance(mixer, Mixup):
             weights = unmix.separated(found.images[0], rng)
         elif weights is not None and mixed is not None:
@@ -189,6 +193,13 @@ def _exact(
         return found, told
     order = unmix.paired(told, targets[0])
     return replace(found, images=found.images[:, order]), told[order]
+
+
+def _several(seen: Observation) -> bool:
+    """Whether the update is of more than one mix of the whole batch."""
+    local = seen.step
+    part = local.kind == "fedavg" and 0 < local.batch < seen.count
+    return part or local.steps > 1
 
 
 def _labels(weights: Tensor, mixed: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def _row(dataset, cell, spec, model, budget, victims, above, clusters) -> None:
         own = scored(found_by(attack, exchanges, "honest_server"), exchanges)
         cells.append(f"{_mean(own):.1f}")
         above[other] += [a - b for a, b in zip(reached, own, strict=True)]
-        clusters[other] += [(name, count, i) for i in range(len(own))]
+        clusters[other] += [(i,) for i in range(len(own))]  # the same photographs everywhere
     print(f"| {name} | {said} | {count} | {defense} | {' | '.join(cells)} |", flush=True)
     print(f"  {time.time() - start:.0f} s", file=sys.stderr, flush=True)
 

@@ -531,7 +531,7 @@ def _steps(
         guess = stage.images[victim].detach().cpu().float()
         scores.append(metrics.psnr(guess[match.match(guess, truth)], truth).double())
         ran = bool(stage.gflop[victim] > 0 or n == 0)
-        best = torch.maximum(best, scores[-1]) if ran else best
+        best = torch.fmax(best, scores[-1]) if ran else best
         pick = scores[chosen(found.stages, n + 1)[victim]]
         for i, steps in enumerate(each):
             steps.append(

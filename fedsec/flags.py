@@ -109,9 +109,8 @@ def _of_any(group: Group, name: str) -> Iterator[str]:
         return bad or any(NOT_FINITE.match(flag) for flag in row.flags)
 
     def lost(row: Row) -> bool:
-        """Some of several: with the last one the objective is lost too."""
-        found = filter(None, map(LOST.match, row.flags))
-        return any(one[1] != one[2] for one in found)
+        """Without an objective that is lost too: that is told of by itself."""
+        return any(map(LOST.match, row.flags)) and not not_finite(row)
 
     if where := images(matched):
         yield (

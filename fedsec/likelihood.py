@@ -56,7 +56,7 @@ class Misfit:
         self.mask = defense.mask(Update(sent, {}, 0))
         # under the mask entries are whole: what was dropped elsewhere need not be simulated
         self.expected = None if self.mask else defense.expected
-        gaussian, laplace = defense.noise(local)
+        gaussian, laplace = (sd * local.diluted for sd in defense.noise(local))
         variance = gaussian**2 + laplace**2
         self.nats, self.absolute = variance > 0, gaussian == 0 < laplace
         square = max(1e-300, sum(float(t.double().square().sum()) for t in sent.values()))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedsec.engine import Informed, Prior, total_variation
 from fedsec.models import recording
 from fedsec.threat import Observation
-from fedsec.types import Local, Tensors
+from fedsec.types import Tensors
 
 NOISY = 0.4  # weight of total variation for an update that is all noise
 STATISTICS = ("inferred", "running", "exact", "none")
@@ -61,8 +61,7 @@ def noise_share(seen: Observation) -> Float[Tensor, " v"] | None:
     if "defense" not in seen.grants:
         return None
     update = seen.update if "update" in seen.grants else seen.aggregate
-    local = seen.local if "local" in seen.grants else Local("gradient", 1.0, 1, seen.count)
-    deviation = math.hypot(*seen.defense.noise(local))
+    deviation = seen.step.diluted * math.hypot(*seen.defense.noise(seen.step))
     entries = sum(t[0].numel() for t in update.tensors.values())
     squares = [t.flatten(1).square().sum(1) for t in update.tensors.values()]
     whole = torch.stack(squares).sum(0).clamp_min(1e-30)

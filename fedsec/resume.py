@@ -64,13 +64,14 @@ def _checksum(text: str, tensors: Tensors) -> str:
 
 
 def code() -> str:
-    """A digest of the sources of fedsec, attacks and defenses, and of what else was imported.
+    """A digest of the sources of fedsec, attacks and defenses, their YAML, and what was imported.
 
     An attack of the user's own may import modules of theirs; what is installed has a version.
     """
     root = Path(__file__).resolve().parent.parent
     parts = [root / name for name in ("fedsec", "attacks", "defenses")]
     files = {p for part in parts for p in part.rglob("*.py")}
+    files |= set((root / "configs").rglob("*.yaml"))  # of the attacks that attack=auto runs
     libraries = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = {Path(sysconfig.get_path(name)).resolve() for name in libraries}
     for module in list(sys.modules.values()):

@@ -8,6 +8,7 @@ attacks; among others the least objective of one and the same search wins.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -23,14 +24,12 @@ from fedsec.defense import Defense, clips
 from fedsec.likelihood import Misfit
 from fedsec.rng import stream
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction, Stage, Tensors
+from fedsec.types import Reconstruction, Stage, Tensors
 
 Attacking = Callable[..., Reconstruction]  # as an Attack is called
-TV = 0.01  # weight of the smoothness that the update is to be matched with, where it tells all
+TV, STEPS = 0.01, 300  # weight of smoothness for so many steps; more of them find finer detail
 EXACT = 1e-5  # squared error over the update's square, up to which it counts as explained
-CHANCE = (
-    48.0  # nats for each image that fitting noise may gain: three channels of 4 x 4 coarse pixels
-)
+CHANCE = 48.0  # nats for each image that fitting noise may gain: 3 channels of 4 x 4 coarse pixels
 PARTS = 64  # of a budget, in whole ones of which the rest is dealt out: victims stay together
 
 
@@ -45,11 +44,14 @@ def admitted(attack: Attack, seen: Observation) -> bool:
     return True
 
 
-def smooth(seen: Observation) -> tuple[tuple[float, engine.Prior | engine.Informed], ...]:
-    """Terms of a match: more double-opponent smoothness, the fewer numbers there are for a pixel.
+def smooth(
+    seen: Observation, steps: int = STEPS
+) -> tuple[tuple[float, engine.Prior | engine.Informed], ...]:
+    """Terms of a match: double-opponent smoothness, more where pixels have few numbers, or steps.
 
-    TV (1 + unknown pixels / known entries of the update) was near the best of four weights on
-    lenet: at batch 1 and 8, whole and with a tenth of the entries.
+    TV (STEPS / steps + unknown pixels / known entries of the update / 2) was near the best of three
+    or four weights on lenet: at batch 1 and 8, whole and with a tenth of the entries, and with 300
+    to 800 steps.
     """
     update = seen.update if "update" in seen.grants else seen.aggregate
     if "defense" in seen.grants and seen.defense.mask(update) is not None:
@@ -58,7 +60,7 @@ def smooth(seen: Observation) -> tuple[tuple[float, engine.Prior | engine.Inform
         first = next(iter(update.tensors.values()))
         known = first.new_full((len(first),), sum(t[0].numel() for t in update.tensors.values()))
     unknown = seen.count * math.prod(seen.shape)
-    weight = TV * (1 + unknown / known.clamp_min(1))
+    weight = TV * (min(1.0, STEPS / steps) + 0.5 * unknown / known.clamp_min(1))
 
     def weighed(images: Tensor, facts: Tensors) -> Tensor:
         return facts["weight"] * priors.double_opponents(images)
@@ -94,8 +96,8 @@ class Race:
         budget: float,  # backprop equivalents of an update
     ):
         self.seen, self.rngs, self.progress = seen, rngs, progress
-        with cost.Clock(self._device) as clock:
-            self.targets, told = labels.targets_of(seen, rngs)
+        start = time.perf_counter()
+        self.targets, told = labels.targets_of(seen, rngs)
         self.unit = cost.update_gflop(seen.model, seen.count, seen.shape)
         self.budget = budget * self.unit
         v = len(rngs)
@@ -108,11 +110,7 @@ class Race:
         grey = grey.to(next(seen.model.parameters()))
         self.stages: list[Stage] = []
         named = self.targets.argmax(-1)
-        self._add("labels", everybody, grey, named, [()] * v, self.spent + told, clock.seconds)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.seen.model.parameters()).device
+        self._add("labels", everybody, grey, named, [()] * v, self.spent + told, start)
 
     @property
     def open(self) -> list[int]:
@@ -120,6 +118,10 @@ class Race:
         explained = torch.stack([s.certified for s in self.stages]).any(0).tolist()
         rich = (self.spent < self.budget).tolist()
         return [v for v, known in enumerate(explained) if not known and rich[v]]
+
+    def able(self, gflop: float) -> list[int]:
+        """Open victims whose budget has so much left."""
+        return [v for v in self.open if self.spent[v] + gflop <= self.budget]
 
     @property
     def left(self) -> dict[float, list[int]]:
@@ -139,14 +141,14 @@ class Race:
         first = min(1.0, float(self.spent.mean()) / self.budget)
         seen, part = self.seen.of(victims), Part(self.progress, first, share)
         rngs = [stream(self.rngs[v].initial_seed(), name) for v in victims]
-        with cost.Clock(self._device) as clock:
-            found = attack(seen, rngs, part)
+        start = time.perf_counter()
+        found = attack(seen, rngs, part)
         self.steps[list(victims)] += found.steps
         flags = list(found.flags) or [()] * len(victims)
-        told = found.images, found.labels, flags, found.gflop.double(), clock.seconds
         # where images are mixed, a source causes another update than what the loss was told
         own = "defense" in seen.grants and seen.defense.mixes
-        self._add(name, victims, *told, found.loss if own else None)
+        loss = found.loss if own else None
+        self._add(name, victims, found.images, found.labels, flags, found.gflop, start, loss)
 
     def _add(
         self,
@@ -156,7 +158,7 @@ class Race:
         named: Int[Tensor, "n b"],
         flags: list[tuple[str, ...]],
         gflop: Float[Tensor, " n"],
-        seconds: float,
+        start: float,
         loss: Float[Tensor, " n"] | None = None,
     ) -> None:
         """Keep what a stage found of some victims, judged by `loss`, or else by what it causes."""
@@ -164,16 +166,20 @@ class Race:
         targets = self._told(rows, named)
         seen = self.seen.of(rows)
         search = engine.spectral(steps=1, lr=1.0, priors=smooth(seen))
-        gflop = gflop + engine.step_gflop(seen, targets, search) + self.unit
-        loss = engine.judged(seen, targets, search, images) if loss is None else loss
+        gflop = gflop.double().cpu()
+        if loss is None:
+            loss = engine.judged(seen, targets, search, images)
+            gflop = gflop + engine.step_gflop(seen, targets, search)
+        gflop = gflop + self.unit * max(1, seen.step.steps)
         loss = loss.double().cpu()
         exact = torch.zeros(len(rows), dtype=torch.bool)
         for i, row in enumerate(rows):
             misfit, nats = self._misfit(seen, i, images[i], targets[i])
-            exact[i] = not nats and misfit <= EXACT
+            # of one that is certain of a candidate nobody knows better
+            exact[i] = (not nats and misfit <= EXACT) or (name == "candidates" and not flags[i])
             if nats and len(self.blank) < v:
                 self.blank.append(misfit)
-            elif nats and self.blank[row] - misfit < CHANCE * seen.count:
+            elif nats and not exact[i] and self.blank[row] - misfit < CHANCE * seen.count:
                 loss[i] = torch.inf  # noise alone would do as much
 
         def spread(values: Tensor, rest: float | int) -> Tensor:
@@ -182,7 +188,8 @@ class Race:
             return whole
 
         self.spent[rows] += gflop
-        each = torch.full((len(rows),), seconds / len(rows), dtype=torch.float64)
+        seconds = (time.perf_counter() - start) / len(rows)  # numbers were read: it is over
+        each = torch.full((len(rows),), seconds, dtype=torch.float64)
         self.stages.append(
             Stage(
                 name,
@@ -202,11 +209,9 @@ class Race:
     def _told(self, rows: list[int], named: Int[Tensor, "n b"]) -> Float[Tensor, "n b k"]:
         """What the loss is taken to have been told of a stage's images."""
         known = self.targets[rows]
-        mixed = "labels" in self.seen.grants and bool((known.amax(-1) < 1).any())
-        if mixed:
-            return known
         own = F.one_hot(named.clamp_min(0), known.shape[-1]).to(known)
-        return torch.where((named >= 0).all(1)[:, None, None], own, known)
+        mixed = (known.amax(-1) < 1).any(1)
+        return torch.where(((named >= 0).all(1) & ~mixed)[:, None, None], own, known)
 
     def _misfit(
         self, seen: Observation, victim: int, images: Tensor, targets: Tensor
@@ -219,7 +224,7 @@ class Race:
         defense = seen.defense if "defense" in seen.grants else None
         if (defense or Defense()).mixes:
             return math.inf, False
-        local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        local = seen.step
         misfit = Misfit({k: t[victim] for k, t in update.tensors.items()}, local, defense)
         clip = defense.per_example if defense is not None and clips(defense) else None
         again = engine.simulate(seen.model, images.to(targets), targets, local, clip)
@@ -236,12 +241,13 @@ class Race:
             (*self.flags[s][v], *self._words(v, s)) for v, s in zip(rows, pick, strict=True)
         )
         stages = tuple(self.stages)
-        loss = loss.clamp_max(torch.finfo(torch.float32).max)
         return Reconstruction(images, named, loss, self.steps, self.spent, flags, stages)
 
     def _words(self, victim: int, stage: int) -> Iterable[str]:
-        if stage == 0:
+        if stage == 0 and any(float(s.gflop[victim]) > 0 for s in self.stages[1:]):
             yield "not found: nothing explains the update better than grey, by more than chance"
+        elif stage == 0:
+            yield "not found: the budget did not reach beyond labels"
         share = float(self.spent[victim]) / self.budget
         if share > 1.05:
             yield f"auto: spent {share:.1f} times its budget"

@@ -165,6 +165,13 @@ class Observation:
         """Granted facts that nobody has looked at: an attack may assume less than it is given."""
         return tuple(name for name in self.grants if name not in self._read)
 
+    @property
+    def step(self) -> Local:
+        """`local` where it is granted, or else one gradient of the whole batch."""
+        if "local" in self._facts:
+            return self.local
+        return Local(kind="gradient", lr=1.0, batch=self.count)
+
     def of(self, victims: Sequence[int]) -> Observation:
         """What is seen of these victims of the stack alone; read there is read here."""
         rows = list(victims)

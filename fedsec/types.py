@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +45,11 @@ class Local:
     steps: int = 1  # gradient steps behind one update
     batch: int = 0  # images in one local step; 0: the whole batch
     parts: tuple[int, ...] = ()  # images of each client, where only the clients' sum is seen
+
+    @property
+    def diluted(self) -> float:
+        """Deviation of the clients' mean noise over that of one client's."""
+        return math.sqrt(sum(n * n for n in self.parts)) / (sum(self.parts) or 1) or 1.0
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,9 @@ def warnings(runs: Sequence[Run], found: Sequence[Group]) -> list[str]:
             attacks.setdefault(group["defense"], set()).add(group["attack"])
     for defense, names in attacks.items():
         if len(names) == 1 and names != {"auto"}:
-            said.append(f"{defense} was attacked by {min(names)} only; attack=auto tries the others")
+            said.append(
+                f"{defense} was attacked by {min(names)} only; attack=auto tries the others"
+            )
     if any(g.accuracy.count == 1 and not g.control for g in found):
         said.append("accuracy lost comes from one training run; more seeds give an interval")
     for run in runs:
