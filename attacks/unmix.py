@@ -29,8 +29,9 @@ class Unmix(Attack):
     Encodings come exactly from a first layer with ReLU (SPEAR), and tell their mixed labels; else
     they are matched with the granted labels, or jointly with labels. Weights are those that the
     threat model grants, or what mixed labels or independent edges tell (fedsec/unmix.py). Exact
-    encodings are decoded with them. Others are too noisy to be: where weights are granted, or told
-    by labels, the sources are matched instead, mixed on their way into the model.
+    encodings are decoded with them. Where others' weights are granted, or told by labels, the
+    sources are matched instead, mixed on their way into the model; mixup's without weights are
+    decoded too, as far as edges tell, which on lenet gains little.
 
     Differs from the paper, where each image is in many of thousands of encodings, which similarity
     clusters: here there are as many encodings as images. Encodings are returned, with a flag that
