@@ -14,7 +14,7 @@ from fedsec import cost, engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import Refused, require
 from fedsec.models import Shape, ViT
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Reconstruction, Tensors
 
 # of the largest singular value: none but rounding in double, then two a decade
 CUTOFFS = (1e-13, *(10 ** (-half / 2) for half in range(16, 0, -1)))
@@ -62,9 +62,9 @@ class April(Attack):
             raise Refused("model.encoder", f"{rule} (model.encoder=sequential)", "residual")
 
     def __call__(self, seen, rngs, progress):
-        observed = seen.update if "update" in seen.grants else seen.aggregate
+        observed = seen.sent
         targets, told = labels.targets_of(seen, rngs, self.labels)
-        local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        local = seen.step
         model, targets = copy.deepcopy(seen.model).double(), targets.double()
         grey = targets.new_full((1, seen.count, *seen.shape), 0.5)
         found, loss, flags, spent = [], [], [], []

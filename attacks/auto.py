@@ -101,7 +101,7 @@ def _whole(seen: Observation) -> bool:
     """Whether, as far as is known, the update was sent with all its entries and without noise."""
     if "defense" not in seen.grants:
         return True
-    update = seen.update if "update" in seen.grants else seen.aggregate
+    update = seen.sent
     return seen.defense.mask(update) is None and not any(seen.defense.noise(seen.step))
 
 

@@ -15,7 +15,7 @@ from fedsec.checks import require
 from fedsec.defense import Defense
 from fedsec.likelihood import Misfit, alone, products, shares
 from fedsec.models import BatchNorm2d, last_linear
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Reconstruction, Tensors
 
 CHUNK, HELD = 2**24, 2**30  # bytes of simulated updates: at a time, and of all for a batch
 FITS = 1e-3  # misfit up to which a candidate explains an update without noise
@@ -85,8 +85,7 @@ class _Pool:
 
     def __init__(self, seen, victim: int, tried: Int[Tensor, " k"]):
         self.sent = {k: t[victim] for k, t in seen.update.tensors.items()}
-        one = Local(kind="gradient", lr=1.0, batch=seen.count)
-        self.local = seen.local if "local" in seen.grants else one
+        self.local = seen.step
         self.defense = seen.defense if "defense" in seen.grants else None
         self.misfit = Misfit(self.sent, self.local, self.defense)
         self.model, self.count = seen.model, seen.count

@@ -10,7 +10,7 @@ from fedsec import cost, engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import Refused
 from fedsec.models import first_layer
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Reconstruction, Tensors
 
 NEURONS = 2048  # read per victim, those with the largest bias gradients
 
@@ -41,10 +41,10 @@ class Linear(Attack):
                           "(model=mlp)", f"{kind} {name}")  # fmt: skip
 
     def __call__(self, seen, rngs, progress):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         name, _ = first_layer(seen.model)
         targets, told = labels.targets_of(seen, rngs, self.labels)
-        local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        local = seen.step
         images, loss, spent = [], [], []
 
         def one(observed: Tensors, victim: int) -> None:

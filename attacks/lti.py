@@ -12,7 +12,7 @@ from fedsec import cost, engine, labels
 from fedsec.attack import Attack
 from fedsec.checks import at_least, positive
 from fedsec.lti import BUCKETS, KNOWN, Clients, Reader, assigned, streams_of
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Reconstruction, Tensors
 
 EVERY = 25  # steps between two words on progress
 
@@ -56,7 +56,7 @@ class LTI(Attack):
         pixels = seen.count * math.prod(seen.shape)
         weights = self.width * (self.features + self.width + pixels)
         training = 6e-9 * weights * self.batch * self.steps  # forward and backward
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         entries = min(sum(t[0].numel() for t in update.tensors.values()), BUCKETS)
         components = 2e-9 * entries * (KNOWN**2 + 4 * self.updates * self.features)
         updates = (self.updates + 1) * max(1, seen.step.steps)
@@ -64,10 +64,10 @@ class LTI(Attack):
         return training + components + updates * one
 
     def __call__(self, seen, rngs, progress):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         reader, spent = self._taught(seen, progress)
         targets, told = labels.targets_of(seen, rngs)
-        local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        local = seen.step
         images, loss, flags, gflop = [], [], [], []
 
         def one(observed: Tensors, victim: int) -> None:

@@ -65,7 +65,7 @@ class RGAP(Attack):
         return 2 * self.iterations * 4 / 3 * cost.update_gflop(seen.model, seen.count, seen.shape)
 
     def __call__(self, seen, rngs, progress):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         model = copy.deepcopy(seen.model).double()
         found = []
         for v, rng in enumerate(rngs):

@@ -70,7 +70,7 @@ class Spear(Attack):
             raise Refused("model", rule, f"{type(layer).__name__} {name}")
 
     def __call__(self, seen, rngs, progress):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         found, spent = [], []
 
         def one(observed: Tensors, rng: torch.Generator) -> None:

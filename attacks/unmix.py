@@ -14,7 +14,7 @@ from fedsec.attack import Attack
 from fedsec.checks import Refused, at_least, positive
 from fedsec.defense import Compose, Defense
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction, Update
+from fedsec.types import Reconstruction, Update
 
 EXACT = Spear(rule="annealed", starts=192, chunk=64)  # as in configs/attack/spear.yaml
 CERTAIN = 1e-4  # misfit of the re-computed update up to which encodings are exact
@@ -176,7 +176,7 @@ def _exact(
         EXACT.check(seen.model)
     except Refused:
         return None, None
-    local = seen.local if "local" in seen.grants else Local("gradient", 1.0)
+    local = seen.step
     found, solved = EXACT(seen, [rng], lambda *_: None), []
 
     def tell() -> None:

@@ -415,7 +415,7 @@ class _Lanes:
     """The coordinates of one search: row of a matrix <-> images and labels of a lane."""
 
     def __init__(self, seen: Observation, targets: Tensor | None, search: Search):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         self.observed: Tensors = update.tensors
         self.masked, self.per_example = False, None
         if "defense" in seen.grants:
@@ -431,7 +431,7 @@ class _Lanes:
         self.search, self.model = search, seen.model
         self.targets = None if targets is None else targets.repeat(1, search.copies, 1)
         self.informed = [p for _, p in search.priors if isinstance(p, Informed)]
-        self.local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+        self.local = seen.step
         self.one_gradient = self.local.kind == "gradient" and not self.local.parts
         self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())

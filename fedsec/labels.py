@@ -101,8 +101,8 @@ def _last_layers(seen: Observation) -> list[Last]:
     knowledge of them is granted.
     """
     name, layer = last_linear(seen.model)
-    update = seen.update if "update" in seen.grants else seen.aggregate
-    local = seen.local if "local" in seen.grants else Local("gradient", 1.0)
+    update = seen.sent
+    local = seen.step
     scale = 1.0 if local.kind == "gradient" else 1 / (local.lr * local.steps)
     prefix = f"{name}." if name else ""
     before = {k: p.detach() for k, p in seen.model.named_parameters()}

@@ -25,7 +25,7 @@ from fedsec.defense import Defense, clips
 from fedsec.engine import simulate
 from fedsec.rng import stream
 from fedsec.threat import Observation
-from fedsec.types import Batch, Local, Tensors, Update
+from fedsec.types import Batch, Tensors, Update
 
 BUCKETS = 2**14  # numbers that a longer update is hashed into
 EVERY = 25  # updates between two words on progress
@@ -64,12 +64,11 @@ class Clients:
     """
 
     def __init__(self, seen: Observation, streams: Streams, shift: int, mirror: bool):
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         self.model = deepcopy(seen.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in update.tensors)
-        one = Local(kind="gradient", lr=1.0, batch=seen.count)
-        self.local = seen.local if "local" in seen.grants else one
+        self.local = seen.step
         self.defense = seen.defense if "defense" in seen.grants else Defense()
         like = next(self.model.parameters())
         self.aux = Batch(seen.aux.images.to(like), seen.aux.targets.to(like))

@@ -22,7 +22,7 @@ from fedsec.attack import Progress, Told
 from fedsec.checks import Refused
 from fedsec.labels import targets_of
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction, Tensors
+from fedsec.types import Reconstruction, Tensors
 
 # From a layer's weight and bias gradient: images [n c h w] that single neurons may hold, the bias
 # gradient [n] that each would have caused, and the neurons [n].
@@ -66,9 +66,9 @@ def reconstruct(
     objective is the cosine distance between the observed update and the one that the result would
     cause.
     """
-    update = seen.update if "update" in seen.grants else seen.aggregate
+    update = seen.sent
     targets, told = targets_of(seen, rngs, method)
-    local = seen.local if "local" in seen.grants else Local(kind="gradient", lr=1.0)
+    local = seen.step
     scale = local.lr if local.kind == "fedavg" else 1.0
     found: list[Read] = []
     labels: list[Tensor] = []

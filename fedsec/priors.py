@@ -60,7 +60,7 @@ def noise_share(seen: Observation) -> Float[Tensor, " v"] | None:
     """Expected squared length of the defense's noise over the update's own, in [0, 1]."""
     if "defense" not in seen.grants:
         return None
-    update = seen.update if "update" in seen.grants else seen.aggregate
+    update = seen.sent
     deviation = seen.step.diluted * math.hypot(*seen.defense.noise(seen.step))
     entries = sum(t[0].numel() for t in update.tensors.values())
     squares = [t.flatten(1).square().sum(1) for t in update.tensors.values()]
@@ -113,7 +113,7 @@ def _exact(seen: Observation) -> Statistics:
 
 
 def _running(seen: Observation) -> Statistics:
-    update = seen.update if "update" in seen.grants else seen.aggregate
+    update = seen.sent
     victims = len(next(iter(update.tensors.values())))
     return [
         (before["running_mean"].expand(victims, -1), before["running_var"].expand(victims, -1))

@@ -53,7 +53,7 @@ def smooth(
     or four weights on lenet: at batch 1 and 8, whole and with a tenth of the entries, and with 300
     to 800 steps.
     """
-    update = seen.update if "update" in seen.grants else seen.aggregate
+    update = seen.sent
     if "defense" in seen.grants and seen.defense.mask(update) is not None:
         known = torch.stack([(t != 0).flatten(1).sum(1) for t in update.tensors.values()]).sum(0)
     else:
@@ -220,7 +220,7 @@ class Race:
 
         Infinite where images were mixed: then others than these are private.
         """
-        update = seen.update if "update" in seen.grants else seen.aggregate
+        update = seen.sent
         defense = seen.defense if "defense" in seen.grants else None
         if (defense or Defense()).mixes:
             return math.inf, False

@@ -166,6 +166,11 @@ class Observation:
         return tuple(name for name in self.grants if name not in self._read)
 
     @property
+    def sent(self) -> Update:
+        """The update of each victim; where only sums are granted, the clients' mean."""
+        return self.update if "update" in self._facts else self.aggregate
+
+    @property
     def step(self) -> Local:
         """`local` where it is granted, or else one gradient of the whole batch."""
         if "local" in self._facts:
