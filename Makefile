@@ -18,7 +18,7 @@ run: setup
 	$(BIN)/python -m fedsec.run attack=inverting defense=dpsgd
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -482,7 +482,7 @@ def test_accuracy_is_the_share_of_right_answers_in_eval_mode():
         torch.randn(5, dtype=torch.float64),
         torch.randn(5).half(),
     ],
-    ids=str,
+    ids=lambda tensor: f"{tensor.dtype}-{list(tensor.shape)}",  # without values: workers must agree
 )
 def test_arrays_are_flowers_own(tensor):
     ours, theirs = flower._record({"t": tensor}), flower.ArrayRecord({"t": tensor})
