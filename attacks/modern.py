@@ -45,7 +45,7 @@ class Modern(Attack):
     def __call__(self, seen, rngs, progress):
         search = engine.Search(
             distance=engine.cosine,
-            priors=priors.smooth(seen, self.tv, priors.double_opponents),
+            priors=priors.smooth(seen, self.tv, priors.double_opponents, 1.0),
             rule=rules.Adam(lr=self.lr, soft=self.steps),
             schedule=rules.warmed(rules.anneal(self.steps), self.warmup),
             steps=self.steps,

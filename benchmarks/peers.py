@@ -444,23 +444,25 @@ def cases(args: argparse.Namespace, name: str) -> tuple[Case, Case, Case]:
 
 
 def tune(
-    who: str, case: Case, recipe: Callable[[Tuned], Attack], lr: float, args: argparse.Namespace
-) -> Tuned:
-    """The weight and then the step length with the best mean PSNR on the tuning images."""
+    who: str, case: Case, recipe: Callable[[Tuned], Attack], weights: Sequence[float], lr: float,
+    lanes: int,
+) -> Tuned:  # fmt: skip
+    """The weight and then the step length with the best mean PSNR on the tuning images.
 
-    def best(offered: list[Tuned]) -> Tuned:
+    One weight that is offered is taken, and `lr` with it.
+    """
+
+    def best(offered: Sequence[Tuned]) -> Tuned:
         if len(offered) == 1:
             return offered[0]
         rows = range(len(case.images))
-        quality = {
-            t: by_fedsec(case, recipe(t), rows, args.lanes).psnr(case.images) for t in offered
-        }
+        quality = {t: by_fedsec(case, recipe(t), rows, lanes).psnr(case.images) for t in offered}
         each = ", ".join(f"tv {t.tv:g} lr {t.lr:g} {q:.1f} dB" for t, q in quality.items())
         print(f"             {who}: {each}")
         return max(quality, key=quality.__getitem__)
 
-    chosen = best([Tuned(tv, lr) for tv in args.tv])
-    lengths = LENGTHS if len(args.tv) > 1 else (1.0,)
+    chosen = best([Tuned(tv, lr) for tv in weights])
+    lengths = LENGTHS if len(weights) > 1 else (1.0,)
     return best([Tuned(chosen.tv, lr * length) for length in lengths])
 
 
@@ -507,12 +509,15 @@ def measure(name: str, peer: Peer | None, args: argparse.Namespace) -> list[str]
         return own([*args.attack_overrides, f"tv={tuned.tv}", f"lr={tuned.lr}"], steps)
 
     given = own(args.attack_overrides)
-    ours = tune("fedsec", tuning, lambda t: recipe(t, given.steps), given.lr, args)
+    chosen = any(word.startswith("tv=") for word in args.attack_overrides)
+    weights, lanes = [given.tv] if chosen else args.tv, args.lanes
+    ours = tune("fedsec", tuning, lambda t: recipe(t, given.steps), weights, given.lr, lanes)
     rows = range(args.images)
     if peer is None:
         cells += ["not run"] + [""] * 2 + [_tuned(ours)] + [""] * 2
     else:
-        theirs = tune("peer", tuning, lambda t: as_the_peer(args.steps, t), theirs.lr, args)
+        steps, lr = args.steps, theirs.lr
+        theirs = tune("peer", tuning, lambda t: as_the_peer(steps, t), args.tv, lr, lanes)
         seconds, goal = peer_runs(peer, case, theirs, args.steps)
         cells += [_tuned(theirs), f"{seconds:.2f}", f"{goal:.1f}", _tuned(ours)]
         reached = to_quality(case, lambda n: recipe(ours, n), goal, args.steps, args.lanes)
@@ -561,7 +566,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--pairs", type=int, default=5, help="of step timings, taking turns")
     parser.add_argument(
         "--tv", type=float, nargs="+", default=[0.001, 0.01, 0.1],
-        help="smoothness weights that are offered to both sides; one: nothing is tuned",
+        help="smoothness weights that are offered to both sides; one: nothing is tuned; fedsec's"
+        " is tv=VALUE among its overrides, if there is one",
     )  # fmt: skip
     parser.add_argument(
         "--attack-overrides", nargs="*", metavar="KEY=VALUE", default=[],

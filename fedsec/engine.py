@@ -145,6 +145,27 @@ class Informed:
     facts: Tensors  # of each victim: the leading axis
 
 
+@dataclass(frozen=True)
+class Fade:
+    """A prior's weight that falls by the same factor every step, from `first` to `last`.
+
+    Continuation (Blake and Zisserman 1987): smooth images are found first, and what is fine last.
+    Only for priors that are never negative: an objective under a larger weight then is an upper
+    bound of the same image's under a smaller, so that the best iterate stays so.
+    """
+
+    first: float  # in the first step, > 0
+    last: float  # from `over` of the steps on, > 0 and at most `first`
+    over: float = 0.6
+
+    def at(self, share: float) -> float:
+        """After `share` of the steps."""
+        return self.first * (self.last / self.first) ** min(1.0, share / self.over)
+
+
+Weight = float | Fade
+
+
 # distances that the sweeps know from inner products alone; any other goes through autograd
 INNER: dict[Distance, sweeps.Inner] = {
     cosine: sweeps.COSINE,
@@ -164,7 +185,7 @@ class Search:
     rule: StepRule
     steps: int
     schedule: Schedule = constant
-    priors: tuple[tuple[float, Prior | Informed], ...] = ()
+    priors: tuple[tuple[Weight, Prior | Informed], ...] = ()
     group: float = 0.0  # weight of a restart's mean squared distance from its victim's mean one
     restarts: int = 1
     copies: int = 1  # of the victim's images that a lane holds, one after the other
@@ -180,7 +201,7 @@ class Search:
 
 
 def spectral(
-    *, steps: int, lr: float, priors: Sequence[tuple[float, Prior | Informed]], restarts: int = 1
+    *, steps: int, lr: float, priors: Sequence[tuple[Weight, Prior | Informed]], restarts: int = 1
 ) -> Search:
     """The search that gets furthest in few steps: it is ours, the published parts are Geiping's.
 
@@ -244,6 +265,7 @@ def match(
     halvings = _halvings(search)
     objective = recorded(lanes.objective, x.device)
     for step in range(first, search.steps + 1):  # the last look evaluates, and does not move
+        lanes.weigh(step)
         loss, gradient = objective(x, active)
         better = loss < best[active]  # false for NaN
         best[active] = torch.where(better, loss, best[active])
@@ -431,11 +453,14 @@ class _Lanes:
         self.search, self.model = search, seen.model
         self.targets = None if targets is None else targets.repeat(1, search.copies, 1)
         self.informed = [p for _, p in search.priors if isinstance(p, Informed)]
+        self.fading = [w for w, _ in search.priors if isinstance(w, Fade)]
         self.local = seen.step
         self.one_gradient = self.local.kind == "gradient" and not self.local.parts
         self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        # a tensor, which a recorded step reads anew; before a search, weights are its last ones
+        self.faded = torch.tensor([w.last for w in self.fading], dtype=torch.double).to(parameter)
         self.image = (seen.count * search.copies, *seen.shape)
         self.pixels = torch.Size(self.image).numel()
         normalise = getattr(self.model, "normalise", None)
@@ -531,6 +556,11 @@ class _Lanes:
         pixels = self._normalised(x).clamp(*self.box).flatten(1)
         return torch.cat([pixels, x[:, self.pixels :]], 1)
 
+    def weigh(self, step: int) -> None:
+        """Give each prior its weight after so many steps."""
+        for weight, fade in zip(self.faded, self.fading, strict=True):
+            weight.fill_(fade.at(step / self.search.steps))
+
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Each lane's objective [l] and its gradient [l d]."""
         loss, gradient = self._matched(x, active)
@@ -624,9 +654,10 @@ class _Lanes:
 
     def _prior(self, pixels: Float[Tensor, "b c h w"], told: list[Tensors]) -> Tensor:
         """One lane's priors."""
-        facts = iter(told)
+        facts, faded = iter(told), iter(self.faded)
         each = [
-            weight * (p.of(pixels, next(facts)) if isinstance(p, Informed) else p(pixels))
+            (next(faded) if isinstance(weight, Fade) else weight)
+            * (p.of(pixels, next(facts)) if isinstance(p, Informed) else p(pixels))
             for weight, p in self.search.priors
         ]
         return torch.stack(each).sum()

@@ -12,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fedsec.engine import Informed, Prior, total_variation
+from fedsec.engine import Fade, Informed, Prior, Weight, total_variation
 from fedsec.models import recording
 from fedsec.threat import Observation
 from fedsec.types import Tensors
 
+FADE = 30.0  # times its last weight that total variation has at first
 NOISY = 0.4  # weight of total variation for an update that is all noise
 STATISTICS = ("inferred", "running", "exact", "none")
 Statistics = list[tuple[Float[Tensor, "v c"], Float[Tensor, "v c"]]]  # mean, biased variance
@@ -36,17 +37,27 @@ def double_opponents(images: Float[Tensor, "b c h w"]) -> Tensor:
     return (down.square() + across.square() + 1e-8).sqrt().mean()
 
 
+VARIATIONS: dict[str, Prior] = {
+    "anisotropic": total_variation,
+    "double_opponent": double_opponents,
+}
+
+
 def smooth(
-    seen: Observation, weight: float, variation: Prior = total_variation
-) -> tuple[tuple[float, Prior | Informed], ...]:
+    seen: Observation, weight: float, variation: Prior = double_opponents, fade: float = FADE
+) -> tuple[tuple[Weight, Prior | Informed], ...]:
     """Terms of a cosine match: `weight` of `variation`, and more where noise is known to be in it.
+
+    It begins with `fade` times the weight. On tuning images (lenet at 300 steps, resnet18 at 150)
+    that and double opponents were worth 4 dB over a constant weight of the anisotropic one.
 
     The share r of noise in an update's squared length is known where the defense is; matching
     it as closely as a clean one draws noise. NOISY r more of total variation was near the best of
     six weights at five levels of noise on lenet (r from 0.02 to 0.94).
     """
     share = noise_share(seen)
-    terms = ((weight, variation),)
+    falling = Fade(fade * weight, weight) if weight > 0 and fade > 1 else weight
+    terms = ((falling, variation),)
     if share is None or not bool(share.any()):
         return terms
 

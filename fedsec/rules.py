@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 Schedule = Callable[[int], float]  # step -> factor on the step length
 PHOTOGRAPHS = 1.25  # power of a `Spectrum`; that of photographs falls with 1 to 1.5
+COLOUR = 0.2  # length of a step in colour, over one in brightness: photographs vary less in it
 
 State = dict[str, Tensor]  # each tensor has the lanes as its leading axis
 
@@ -186,9 +187,10 @@ class Spectrum:
 
     Pixels = cosine transform of coefficients times sqrt(h w) (1 + f)^-power, with f in half cycles
     per image: the spectrum of photographs falls so. A step rule that scales each coordinate by
-    itself, as Adam does, then settles what is coarse first and what is fine last. After Olah et al.
-    2017, "Feature visualization", who decorrelate pixels so. A change of all the image's brightness
-    is as long as in pixels.
+    itself, as Adam does, then settles what is coarse first and what is fine last. Of three
+    channels, coefficients are of brightness and of two differences, `COLOUR` as long. After Olah et
+    al. 2017, "Feature visualization", who decorrelate pixels and colours so. A change of all the
+    image's brightness is as long as in pixels.
     """
 
     def __init__(self, image: tuple[int, ...], power: float, like: Tensor):
@@ -197,14 +199,28 @@ class Spectrum:
         far = torch.hypot(f[0][:, None], f[1][None])
         scale = (image[-2] * image[-1]) ** 0.5
         self.weights = (scale * (1 + far) ** -power).to(like)
+        self.colours = _opponents().to(like) if image[-3] == 3 else None
 
-    def inward(self, gradient: Float[Tensor, "... h w"]) -> Tensor:
+    def inward(self, gradient: Float[Tensor, "... c h w"]) -> Tensor:
         """The derivative with respect to pixels -> with respect to coefficients."""
-        return self.weights * (self.down @ gradient @ self.across.T)
+        found = self.weights * (self.down @ gradient @ self.across.T)
+        return found if self.colours is None else _mixed(self.colours, found)
 
-    def outward(self, move: Float[Tensor, "... h w"]) -> Tensor:
+    def outward(self, move: Float[Tensor, "... c h w"]) -> Tensor:
         """Coefficients -> pixels."""
+        move = move if self.colours is None else _mixed(self.colours.T, move)
         return self.down.T @ (self.weights * move) @ self.across
+
+
+def _opponents() -> Float[Tensor, "3 3"]:
+    """Brightness, red against green, both against blue: orthogonal, a row each over channels."""
+    rows = torch.tensor([[1, 1, 1], [1, -1, 0], [1, 1, -2]], dtype=torch.float64)
+    long = math.sqrt(3) * torch.tensor([[1], [COLOUR], [COLOUR]], dtype=torch.float64)
+    return long * rows / rows.norm(dim=1, keepdim=True)
+
+
+def _mixed(rows: Float[Tensor, "k c"], images: Float[Tensor, "... c h w"]) -> Tensor:
+    return torch.einsum("kc,...chw->...khw", rows, images)
 
 
 def _cosines(n: int) -> Float[Tensor, "n n"]:

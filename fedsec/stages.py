@@ -27,7 +27,7 @@ from fedsec.threat import Observation
 from fedsec.types import Reconstruction, Stage, Tensors
 
 Attacking = Callable[..., Reconstruction]  # as an Attack is called
-TV, STEPS = 0.01, 300  # weight of smoothness for so many steps; more of them find finer detail
+TV, STEPS = 0.003, 300  # last weight of smoothness for so many steps; more find finer detail
 EXACT = 1e-5  # squared error over the update's square, up to which it counts as explained
 CHANCE = 48.0  # nats for each image that fitting noise may gain: 3 channels of 4 x 4 coarse pixels
 PARTS = 64  # of a budget, in whole ones of which the rest is dealt out: victims stay together
@@ -46,7 +46,7 @@ def admitted(attack: Attack, seen: Observation) -> bool:
 
 def smooth(
     seen: Observation, steps: int = STEPS
-) -> tuple[tuple[float, engine.Prior | engine.Informed], ...]:
+) -> tuple[tuple[engine.Weight, engine.Prior | engine.Informed], ...]:
     """Terms of a match: double-opponent smoothness, more where pixels have few numbers, or steps.
 
     TV (STEPS / steps + unknown pixels / known entries of the update / 2) was near the best of three
@@ -66,7 +66,8 @@ def smooth(
         return facts["weight"] * priors.double_opponents(images)
 
     noise = priors.smooth(seen, 0.0)[1:]
-    return (1.0, engine.Informed(weighed, {"weight": weight})), *noise
+    fade = engine.Fade(priors.FADE, 1.0)
+    return (fade, engine.Informed(weighed, {"weight": weight})), *noise
 
 
 @dataclass

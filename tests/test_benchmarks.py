@@ -192,9 +192,19 @@ def test_the_better_weight_and_then_the_better_length_are_chosen(monkeypatch, ca
         return type("O", (), {"psnr": lambda self, truth: quality[recipe]})()
 
     monkeypatch.setattr(peers, "by_fedsec", run)
-    args = peers.arguments().parse_args(["--tv", "0.1", "0.2"])
     case = type("C", (), {"images": [0]})()
-    assert peers.tune("x", case, lambda t: (t.tv, t.lr), 1.0, args) == peers.Tuned(0.2, 0.5)
+    chosen = peers.tune("x", case, lambda t: (t.tv, t.lr), (0.1, 0.2), 1.0, 8)
+    assert chosen == peers.Tuned(0.2, 0.5)
+    alone = peers.tune("x", case, lambda t: (t.tv, t.lr), (0.1,), 1.0, 8)
+    assert alone == peers.Tuned(0.1, 1.0), "one weight: nothing is tuned"
+
+
+def test_fedsec_may_be_given_a_weight_of_its_own(tmp_path, capsys, monkeypatch, short):
+    monkeypatch.setattr(peers, "Peer", Twin)
+    status, said, cells = compared(tmp_path, capsys, "--attack-overrides", "tv=0.5", "steps=20")
+    assert status == 0, said.err
+    assert cells[6] == "0.01, 0.1", "the peer's"
+    assert cells[9] == "0.5, 0.5"
 
 
 def test_a_peer_that_solves_another_problem_is_not_timed(tmp_path, capsys, monkeypatch, short):

@@ -1,11 +1,13 @@
 """The matching engine against plain twins: autograd, torch.optim, one lane at a time."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedsec import cost, engine, rules
+from fedsec import cost, engine, priors, rules
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
 from fedsec.defense import Compose
 from fedsec.models import ConvNetSpec, LeNetSpec, MLPSpec, ResNet18Spec, ResNetSpec
@@ -399,20 +401,85 @@ def test_a_spectrum_is_the_inverse_cosine_transform_of_weighted_coefficients(ima
         ],
         dtype=torch.float64,
     )
-    twin = idctn((weights * coefficients).numpy(), axes=(-2, -1), norm="ortho")
+    twin = torch.from_numpy(idctn((weights * coefficients).numpy(), axes=(-2, -1), norm="ortho"))
+    if image[1] == 3:  # brightness, red against green, both against blue
+        light, red, blue = twin.unbind(2)
+        red, blue = red * 0.2 * 3**0.5 / 2**0.5, blue * 0.2 * 3**0.5 / 6**0.5
+        twin = torch.stack([light + red + blue, light - red + blue, light - 2 * blue], 2)
     pixels = basis.outward(coefficients)
-    torch.testing.assert_close(pixels, torch.from_numpy(twin))
+    torch.testing.assert_close(pixels, twin)
     slope = torch.randn_like(pixels)
     there, back = (pixels * slope).sum(), (coefficients * basis.inward(slope)).sum()
     torch.testing.assert_close(there, back)
 
 
 def test_a_step_of_the_brightness_is_as_long_as_in_pixels():
-    for size in (8, 32):
-        basis = rules.Spectrum((1, 1, size, size), 1.5, torch.zeros(1, dtype=torch.float64))
-        move = torch.zeros(1, 1, size, size, dtype=torch.float64)
-        move[..., 0, 0] = 0.25
+    for channels, size in ((1, 8), (1, 32), (3, 8)):
+        image = (1, channels, size, size)
+        basis = rules.Spectrum(image, 1.5, torch.zeros(1, dtype=torch.float64))
+        move = torch.zeros(image, dtype=torch.float64)
+        move[:, 0, 0, 0] = 0.25
         torch.testing.assert_close(basis.outward(move), torch.full_like(move, 0.25))
+
+
+# ---- weights that fall --------------------------------------------------------------------------
+
+
+def test_a_weight_fades_by_the_same_factor_every_step():
+    fade = engine.Fade(8.0, 0.5, over=0.5)
+    assert [fade.at(s / 16) for s in (0, 2, 4, 8, 16)] == pytest.approx([8, 4, 2, 0.5, 0.5])
+
+
+def test_a_search_whose_weight_fades_is_a_step_after_another_with_a_weight_each():
+    model, batches = built("lenet"), [private(2, seed=v) for v in range(2)]
+    targets = torch.stack([b.targets for b in batches])
+    seen = observed(model, batches)
+    fade, rule = engine.Fade(3.0, 0.01), rules.Adam(lr=0.1)
+    fading = signed(6, rule=rule, priors=((fade, priors.double_opponents), (0.1, priors.length)))
+    found = engine.match(seen, targets, fading, rngs(2), nothing)
+
+    active, best = torch.arange(2), torch.full((2,), torch.inf, dtype=torch.float64)
+    x = engine._Lanes(seen, targets, fading).begin(rngs(2))
+    state = rule.start(x)
+    for step in range(7):
+        weight = 3.0 * (0.01 / 3.0) ** min(1, step / 6 / 0.6)
+        terms = ((weight, priors.double_opponents), (0.1, priors.length))
+        lanes = engine._Lanes(seen, targets, replace(fading, priors=terms))
+        loss, gradient = lanes.objective(x, active)
+        best_x = x if step == 0 else torch.where((loss < best)[:, None], x, best_x)
+        best = torch.minimum(best, loss)
+        move, state, _ = rule.step(gradient, state, step, fading.schedule(step))
+        x = lanes.boxed(x + move)
+    torch.testing.assert_close(found.loss, best)
+    torch.testing.assert_close(found.images, lanes.images(best_x).clamp(0, 1))
+    constant = replace(fading, priors=((0.01, priors.double_opponents), (0.1, priors.length)))
+    assert not torch.allclose(
+        engine.match(seen, targets, constant, rngs(2), nothing).images, found.images, atol=1e-3
+    )
+
+
+def test_what_another_found_is_judged_by_the_last_weight():
+    model, batch = built("lenet"), private(2)
+    seen, images = observed(model, [batch]), torch.rand(1, 2, *SHAPE, dtype=torch.float64)
+    search = signed(1, priors=((engine.Fade(3.0, 0.01), engine.total_variation),))
+    last = replace(search, priors=((0.01, engine.total_variation),))
+    targets = batch.targets[None]
+    torch.testing.assert_close(
+        engine.judged(seen, targets, search, images), engine.judged(seen, targets, last, images)
+    )
+
+
+def test_a_recorded_step_reads_its_weights_where_they_were():
+    model, batch = built("lenet"), private(2)
+    search = signed(4, priors=((engine.Fade(3.0, 0.01), engine.total_variation),))
+    lanes = engine._Lanes(observed(model, [batch]), batch.targets[None], search)
+    place, seen = lanes.faded.data_ptr(), []
+    for step in range(3):
+        lanes.weigh(step)
+        seen.append(float(lanes.faded[0]))
+    assert lanes.faded.data_ptr() == place
+    assert seen == sorted(seen, reverse=True)
+    assert seen[0] == 3.0
 
 
 @pytest.mark.parametrize("known", [True, False])
