@@ -1,0 +1,106 @@
+"""Differences between runs are of the same images, and say how many there were."""
+
+import pytest
+
+from fedsec import compare, records, stats
+from fedsec.records import Row
+
+
+def run(folder, scores, word="", defense="none", age=0, seed=0):
+    """A finished run: image -> PSNR (or several)."""
+    out = records.open_folder(folder)
+    rows = [(image, psnr) for image, each in scores.items()
+            for psnr in (each if isinstance(each, tuple) else (each,))]  # fmt: skip
+    out.append(
+        Row(run="r", attack="a", defense=defense, threat="t", client="c", data="d", model="m",
+            seed=seed, round=age, victim=v, image=image, batch=1, psnr=psnr)
+        for v, (image, psnr) in enumerate(rows)
+    )  # fmt: skip
+    out.finish({"status": "done", "command": f"python -m fedsec.run seed={seed} {word} out=x"})
+    return folder
+
+
+def told(capsys, *words):
+    status = compare.main([str(word) for word in words])
+    return status, capsys.readouterr()
+
+
+@pytest.fixture
+def two(tmp_path):
+    run(tmp_path / "a", {1: 20.0, 2: 24.0, 3: 31.0, 9: 50.0}, "model=a")
+    run(tmp_path / "b", {3: 30.0, 1: 18.0, 2: (19.0, 21.0), 7: 10.0}, "model=b")
+    return tmp_path
+
+
+def test_only_images_that_both_attacked_are_compared(two, capsys):
+    status, said = told(capsys, two, "--to", "model=a")
+    assert status == 0
+    first, second = (line.split("  ") for line in said.out.splitlines()[1:3])
+    assert first[0] == "model=a"
+    assert "4       19.5 [" in said.out.splitlines()[2], "means are of all of a run's images"
+    mean, low, high = stats.paired_difference([18, 20, 30], [20, 24, 31], [1, 2, 3])
+    assert mean == pytest.approx(-7 / 3)
+    assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in said.out
+    assert [word.strip() for word in second if word][-1] == "3"
+    whole = stats.paired_difference([18, 20, 30, 10], [20, 24, 31, 50], [1, 2, 3, 4])
+    assert f"{whole[0]:+.1f}" not in said.out, "else the order would not matter"
+
+
+def test_an_image_of_another_seed_or_data_set_is_another(tmp_path, capsys):
+    run(tmp_path / "a", {1: 20.0, 2: 24.0}, "model=a")
+    run(tmp_path / "b", {1: 18.0, 2: 19.0}, "model=b", seed=1)
+    _, said = told(capsys, tmp_path, "--to", "model=a seed=0")
+    assert said.err.startswith("error: --to: must be among ")
+    _, said = told(capsys, tmp_path, "--to", "seed=0 model=a")
+    assert said.out.splitlines()[2].split()[-1] == "0"
+
+
+def test_without_a_reference_ages_are_compared_within_a_run(tmp_path, capsys):
+    folder = tmp_path / "a"
+    out = records.open_folder(folder)
+    for age, shift in ((0, 0.0), (50, -4.0), (200, -9.0)):
+        out.append(
+            Row(run="r", attack="a", defense=defense, threat="t", client="c", data="d", model="m",
+                seed=0, round=age, victim=v, image=v, batch=1, psnr=25.0 + v + shift - less)
+            for defense, less in (("none", 0.0), ("prune", 3.0))
+            for v in range(3)
+        )  # fmt: skip
+    status, said = told(capsys, folder)
+    assert status == 0
+    lines = said.out.splitlines()
+    assert [" ".join(line.split()[1:3]) for line in lines[1:7]] == [
+        "none 0", "prune 0", "none 50", "prune 50", "none 200", "prune 200"]  # fmt: skip
+    assert [line.split()[7:] for line in lines[3:7]] == [
+        ["round", "0", *gap.split(), "3"]
+        for gap in 2 * ["-4.0 [-4.0, -4.0]"] + 2 * ["-9.0 [-9.0, -9.0]"]
+    ]  # fmt: skip
+
+
+def test_runs_are_named_by_what_their_commands_do_not_share(tmp_path):
+    folders = [run(tmp_path / name, {1: 1.0}, word) for name, word in
+               (("a", "model=a k=1"), ("b", "model=b k=1"), ("c", "k=1"))]  # fmt: skip
+    read = [records.read(folder) for folder in folders]
+    assert compare.named(read) == ["model=a", "model=b", "as it is"]
+    assert compare.named([*read, read[0]]) == ["a", "b", "c", "a"]
+    assert compare.named(read[:1]) == ["a"]
+
+
+def test_a_table_for_a_page(two, capsys):
+    _, said = told(capsys, two, "--markdown")
+    head, rule, *rows = said.out.splitlines()
+    assert head.startswith("| run | defense | round | images | PSNR dB |")
+    assert "difference" not in head, "there is none"
+    assert set(rule) == {"|", "-", " "}
+    assert rows[0].startswith("| model=a | none | 0 | 4 | 31.2 [")
+
+
+def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
+    status, said = told(capsys, tmp_path / "nowhere")
+    assert (status, said.out) == (1, "")
+    assert said.err.startswith("error: folder: must exist, got ")
+    assert said.err.count("\n") == 1
+    records.open_folder(tmp_path / "empty").finish({"status": "done"})
+    status, said = told(capsys, tmp_path / "empty")
+    assert status == 1
+    assert said.err.startswith("error: folder: must hold at least one finished image")
+    assert told(capsys)[0] == 1
