@@ -1,8 +1,8 @@
 """Runs side by side, on the same images: `python -m fedsec.compare FOLDER`.
 
-For every run, defense and model age: mean PSNR, and the difference to another run. Differences are
-taken image by image where both runs attacked the same image of the same data and seed, so that what
-images differ in among themselves does not widen them.
+For every run, defense and model age: mean PSNR, and the difference to another. Differences are
+taken image by image where both attacked the same image of the same data and seed, so that what
+images differ in among themselves does not widen them. Runs that differ in their seed are one.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsec import records, stats
+from fedsec import process, records, stats
 from fedsec.checks import Refused, require
 from fedsec.records import Row, Run
 
 HEAD = ("run", "defense", "round", "images", "PSNR dB", "against", "difference dB", "pairs")
-Scores = dict[Hashable, float]  # image -> mean PSNR over its rows
+Victim = tuple[str, int, int]  # data, seed, image
+Scores = dict[Victim, float]  # mean PSNR over its rows
+CONTROL = "none"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run, defense and model age."""
+    """One setting but for its seeds, one defense and model age."""
 
     run: str
     defense: str
@@ -33,35 +35,36 @@ class Cell:
 
 
 def named(runs: Sequence[Run]) -> list[str]:
-    """What of each run's command the others lack, or else its folder."""
+    """What of each run's command, seeds aside, the others lack.
+
+    Its folder where runs of one seed cannot be told apart so.
+    """
+    left_out = ("out=", "seed=", "-", "hydra.")
     words = []
     for run in runs:
         said = shlex.split(str((run.run or {}).get("command", "")))
-        words.append([w for w in said if "=" in w and not w.startswith(("out=", "-", "hydra."))])
+        words.append([w for w in said if "=" in w and not w.startswith(left_out)])
     shared = set(words[0]).intersection(*words)
-    own = [" ".join(w for w in each if w not in shared) for each in words]
-    if len(runs) == 1:
-        return [runs[0].folder.name]
-    names = [name or "as it is" for name in own]
-    unique = len(set(names)) == len(names)
-    return names if unique else [run.folder.name for run in runs]
+    names = [" ".join(w for w in each if w not in shared) or "as it is" for each in words]
+    each = {(name, row.seed, run.folder) for name, run in zip(names, runs, strict=True)
+            for row in run.rows}  # fmt: skip
+    if len({(name, seed) for name, seed, _ in each}) < len(each):
+        return [run.folder.name for run in runs]
+    return names
 
 
 def cells(runs: Sequence[Run]) -> list[Cell]:
     """In the order of the runs, their defenses and rounds."""
-    found = []
-    for name, run in zip(named(runs), runs, strict=True):
-        parts: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    parts: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    for name, run in zip(named(runs) if runs else (), runs, strict=True):
         for row in run.rows:
-            parts[row.defense, row.round].append(row)
-        for (defense, age), rows in parts.items():
-            found.append(Cell(name, defense, age, _scores(rows)))
-    return found
+            parts[name, row.defense, row.round].append(row)
+    return [Cell(*where, _scores(rows)) for where, rows in parts.items()]
 
 
 def _scores(rows: Sequence[Row]) -> Scores:
     """Of each image: its index says which it is within one data set, split by one seed."""
-    each: dict[Hashable, list[float]] = defaultdict(list)
+    each: dict[Victim, list[float]] = defaultdict(list)
     for row in rows:
         if row.psnr is not None:
             each[row.data, row.seed, row.image].append(row.psnr)
@@ -72,32 +75,45 @@ def difference(cell: Cell, other: Cell) -> tuple[stats.Interval, int]:
     """Mean over the images that both attacked, its 95 % interval, and how many they are."""
     both = [image for image in cell.scores if image in other.scores]
     a, b = ([c.scores[image] for image in both] for c in (cell, other))
-    return stats.paired_difference(a, b, both), len(both)
+    return stats.paired_difference(a, b, _clusters(both)), len(both)
+
+
+def _clusters(victims: Sequence[Victim]) -> list[Hashable]:
+    """An image is one, whatever the seed."""
+    return [(data, image) for data, _, image in victims]
 
 
 def lines(found: Sequence[Cell], to: str | None) -> list[list[str]]:
-    """A line for each cell: beside it, the difference to run `to` at the same age and defense.
+    """A line for each cell, with the difference to run `to` at the same age and defense.
 
-    Cells of that run itself, or of all runs without `to`, stand beside their youngest model.
+    Cells of that run itself, and all without `to`: a defense's to the control of the same age, the
+    control's to that of the youngest model.
     """
     table = []
     for cell in found:
-        alike = [other for other in found if other.defense == cell.defense]
-        if to in (None, cell.run):
-            own = [other for other in alike if other.run == cell.run]
-            beside = [min(own, key=lambda other: other.round)]
-        else:
-            beside = [o for o in alike if o.run == to and o.round == cell.round]
-        mean = stats.bootstrap(list(cell.scores.values()), list(cell.scores))
+        name, beside = _beside(cell, found, to)
+        mean = stats.bootstrap(list(cell.scores.values()), _clusters(list(cell.scores)))
         words = [cell.run, cell.defense, str(cell.round), str(len(cell.scores)), _said(mean, "")]
-        if beside and beside[0] is not cell:
-            gap, pairs = difference(cell, beside[0])
-            who = f"round {beside[0].round}" if beside[0].run == cell.run else str(to)
-            words += [who, _said(gap, "+"), str(pairs)] if pairs else [who, "", "0"]
-        else:
+        if beside is None or beside is cell:
             words += ["", "", ""]
+        else:
+            gap, pairs = difference(cell, beside)
+            words += [name, _said(gap, "+"), str(pairs)]
         table.append(words)
     return table
+
+
+def _beside(cell: Cell, found: Sequence[Cell], to: str | None) -> tuple[str, Cell | None]:
+    """What a cell is compared with, and its name."""
+    if to not in (None, cell.run):
+        same = (c for c in found if (c.run, c.defense, c.round) == (to, cell.defense, cell.round))
+        return str(to), next(same, None)
+    own = [c for c in found if c.run == cell.run]
+    control = [c for c in own if c.defense == CONTROL and c.round == cell.round]
+    if cell.defense != CONTROL and control:
+        return f"{CONTROL} (control)", control[0]
+    youngest = min((c for c in own if c.defense == cell.defense), key=lambda c: c.round)
+    return f"round {youngest.round}", youngest
 
 
 def _said(interval: stats.Interval, sign: str) -> str:
@@ -130,7 +146,7 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m fedsec.compare", description="Paired differences between runs."
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or above them")
-    parser.add_argument("--to", metavar="RUN", help="as the table names it; default: own first age")
+    parser.add_argument("--to", metavar="RUN", help="as the table names it; default: the control")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     try:
         asked = parser.parse_args(words)
@@ -153,4 +169,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.enter()
+    process.leave(main())

@@ -46,16 +46,32 @@ def test_only_images_that_both_attacked_are_compared(two, capsys):
     assert f"{whole[0]:+.1f}" not in said.out, "else the order would not matter"
 
 
-def test_an_image_of_another_seed_or_data_set_is_another(tmp_path, capsys):
+def test_runs_that_differ_in_their_seed_are_one(tmp_path, capsys):
+    """An image under two seeds is two pairs, and one image where intervals are drawn."""
+    for seed in (0, 1):
+        run(tmp_path / f"a{seed}", {1: 20.0, 2: 24.0, 3: 22.0}, "model=a", seed=seed)
+        run(tmp_path / f"b{seed}", {1: 18.0 + seed, 2: 19.0, 3: 22.0}, "model=b", seed=seed)
+    status, said = told(capsys, tmp_path, "--to", "model=a")
+    assert status == 0
+    lines = said.out.splitlines()
+    assert len(lines) == 5, "head, two settings, and a word on intervals"
+    mean, low, high = stats.paired_difference(
+        [18, 19, 22, 19, 19, 22], [20, 24, 22] * 2, [1, 2, 3] * 2
+    )
+    assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in lines[2]
+    assert lines[2].split()[-1] == "6"
+
+
+def test_an_image_of_another_seed_is_another(tmp_path, capsys):
     run(tmp_path / "a", {1: 20.0, 2: 24.0}, "model=a")
     run(tmp_path / "b", {1: 18.0, 2: 19.0}, "model=b", seed=1)
-    _, said = told(capsys, tmp_path, "--to", "model=a seed=0")
-    assert said.err.startswith("error: --to: must be among ")
-    _, said = told(capsys, tmp_path, "--to", "seed=0 model=a")
+    _, said = told(capsys, tmp_path, "--to", "model=a")
     assert said.out.splitlines()[2].split()[-1] == "0"
+    _, said = told(capsys, tmp_path, "--to", "model=c")
+    assert said.err == "error: --to: must be among model=a, model=b, got model=c\n"
 
 
-def test_without_a_reference_ages_are_compared_within_a_run(tmp_path, capsys):
+def test_without_a_reference_a_control_stands_beside_a_defense_and_the_youngest(tmp_path, capsys):
     folder = tmp_path / "a"
     out = records.open_folder(folder)
     for age, shift in ((0, 0.0), (50, -4.0), (200, -9.0)):
@@ -68,21 +84,29 @@ def test_without_a_reference_ages_are_compared_within_a_run(tmp_path, capsys):
     status, said = told(capsys, folder)
     assert status == 0
     lines = said.out.splitlines()
-    assert [" ".join(line.split()[1:3]) for line in lines[1:7]] == [
+    assert [" ".join(line.split()[3:5]) for line in lines[1:7]] == [
         "none 0", "prune 0", "none 50", "prune 50", "none 200", "prune 200"]  # fmt: skip
-    assert [line.split()[7:] for line in lines[3:7]] == [
-        ["round", "0", *gap.split(), "3"]
-        for gap in 2 * ["-4.0 [-4.0, -4.0]"] + 2 * ["-9.0 [-9.0, -9.0]"]
-    ]  # fmt: skip
+    gaps = [" ".join(line.split()[9:]) for line in lines[1:7]]
+    defended = "none (control) -3.0 [-3.0, -3.0] 3"
+    assert gaps == ["", defended, "round 0 -4.0 [-4.0, -4.0] 3", defended,
+                    "round 0 -9.0 [-9.0, -9.0] 3", defended]  # fmt: skip
 
 
 def test_runs_are_named_by_what_their_commands_do_not_share(tmp_path):
-    folders = [run(tmp_path / name, {1: 1.0}, word) for name, word in
-               (("a", "model=a k=1"), ("b", "model=b k=1"), ("c", "k=1"))]  # fmt: skip
+    folders = [run(tmp_path / name, {1: 1.0}, word, seed=seed) for name, word, seed in
+               (("a", "model=a k=1", 0), ("b", "model=b k=1", 0), ("c", "k=1", 0),
+                ("d", "model=a k=1", 1))]  # fmt: skip
     read = [records.read(folder) for folder in folders]
-    assert compare.named(read) == ["model=a", "model=b", "as it is"]
-    assert compare.named([*read, read[0]]) == ["a", "b", "c", "a"]
-    assert compare.named(read[:1]) == ["a"]
+    assert compare.named(read) == ["model=a", "model=b", "as it is", "model=a"]
+    assert compare.named([*read, read[0]]) == [
+        "model=a",
+        "model=b",
+        "as it is",
+        "model=a",
+        "model=a",
+    ]
+    again = records.read(run(tmp_path / "e", {1: 2.0}, "model=a k=1"))
+    assert compare.named([*read, again]) == ["a", "b", "c", "d", "e"]
 
 
 def test_a_table_for_a_page(two, capsys):
