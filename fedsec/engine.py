@@ -156,7 +156,7 @@ class Fade:
 
     first: float  # in the first step, > 0
     last: float  # from `over` of the steps on, > 0 and at most `first`
-    over: float = 0.6
+    over: float = 0.8
 
     def at(self, share: float) -> float:
         """After `share` of the steps."""

@@ -17,7 +17,7 @@ from fedsec.models import recording
 from fedsec.threat import Observation
 from fedsec.types import Tensors
 
-FADE = 30.0  # times its last weight that total variation has at first
+FADE = 100.0  # times its last weight that total variation has at first
 NOISY = 0.4  # weight of total variation for an update that is all noise
 STATISTICS = ("inferred", "running", "exact", "none")
 Statistics = list[tuple[Float[Tensor, "v c"], Float[Tensor, "v c"]]]  # mean, biased variance

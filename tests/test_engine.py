@@ -442,7 +442,7 @@ def test_a_search_whose_weight_fades_is_a_step_after_another_with_a_weight_each(
     x = engine._Lanes(seen, targets, fading).begin(rngs(2))
     state = rule.start(x)
     for step in range(7):
-        weight = 3.0 * (0.01 / 3.0) ** min(1, step / 6 / 0.6)
+        weight = 3.0 * (0.01 / 3.0) ** min(1, step / 6 / 0.8)
         terms = ((weight, priors.double_opponents), (0.1, priors.length))
         lanes = engine._Lanes(seen, targets, replace(fading, priors=terms))
         loss, gradient = lanes.objective(x, active)

@@ -174,7 +174,7 @@ def test_noise_that_the_defense_publishes_asks_for_more_smoothness():
     assert len(priors.smooth(seen, 0.1)) == 1, "it has no noise"
     seen._facts["defense"] = Compose((Noise(std=0.01, distribution="laplace"),))
     (weight, _), (more, noisy) = priors.smooth(seen, 0.1)
-    assert (weight, more) == (engine.Fade(3.0, 0.1), priors.NOISY), "and it does not fade"
+    assert (weight, more) == (engine.Fade(10.0, 0.1), priors.NOISY), "and it does not fade"
     assert priors.smooth(seen, 0.1, fade=1.0)[0][0] == 0.1
     assert priors.smooth(seen, 0.0)[0][0] == 0.0
     assert isinstance(noisy, engine.Informed)
