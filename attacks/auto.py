@@ -26,7 +26,8 @@ class Auto(Attack):
     model suits it, with the values of its own YAML: labels; exact leaks (linear, april, rgap,
     spear, cocktail); candidates; learning to invert; and matching that knows the defense, of `LONG`
     steps, with as many restarts as the budget pays beyond that. Where a defense is known to mix
-    images, only unmix and matching run: what the others find is no image that was private.
+    images, only matching runs, and unmix where it may be exact or is told the weights: what the
+    others find is no image that was private.
 
     A stage that may cost more than half of what is left is left out (rgap, spear, cocktail,
     candidates and lti). A reconstruction that explains the update exactly, or a candidate that is
@@ -54,7 +55,9 @@ class Auto(Attack):
             attack = suite[name]
             if admitted(attack, seen):
                 race.run(name, attack, race.able(2 * attack.gflop_at_most(seen)))
-        if mixes and admitted(suite["unmix"], seen):  # it matches twice: jointly with labels too
+        # without weights or exact encodings it matches, too, less well than what comes next
+        solves = "mixing" in seen.grants or admitted(suite["spear"], seen)
+        if mixes and solves and admitted(suite["unmix"], seen):  # twice: jointly with labels too
             for share, victims in race.left.items():
                 steps = _steps(race, victims, share / 4)
                 race.run("unmix", replace(suite["unmix"], steps=steps), victims, share / 2)

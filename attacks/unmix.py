@@ -30,8 +30,7 @@ class Unmix(Attack):
     they are matched with the granted labels, or jointly with labels. Weights are those that the
     threat model grants, or what mixed labels or independent edges tell (fedsec/unmix.py). Exact
     encodings are decoded with them. Where others' weights are granted, or told by labels, the
-    sources are matched instead, mixed on their way into the model; mixup's without weights are
-    decoded too, as far as edges tell, which on lenet gains little.
+    sources are matched instead, mixed on their way into the model.
 
     Differs from the paper, where each image is in many of thousands of encodings, which similarity
     clusters: here there are as many encodings as images. Encodings are returned, with a flag that
@@ -87,8 +86,8 @@ class Unmix(Attack):
         if mixer is None:
             why = "no mixing that it can solve; these are the encodings"
             return _said(found, why) if seen.defense.mixes else found
-        if matched and isinstance(mixer, InstaHide):
-            return _said(found, "too inexact to solve for signs; these are the encodings")
+        if matched:
+            return _said(found, "too inexact to solve for their sources; these are the encodings")
         if _several(seen):
             return _said(found, "local steps mix anew, or parts of the batch; these are encodings")
         if weights is None and isinstance(mixer, Mixup):
