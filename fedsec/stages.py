@@ -49,9 +49,9 @@ def smooth(
 ) -> tuple[tuple[engine.Weight, engine.Prior | engine.Informed], ...]:
     """Terms of a match: double-opponent smoothness, more where pixels have few numbers, or steps.
 
-    TV (STEPS / steps + unknown pixels / known entries of the update / 2) was near the best of three
-    or four weights on lenet: at batch 1 and 8, whole and with a tenth of the entries, and with 300
-    to 800 steps.
+    TV (STEPS / steps + unknown pixels / known entries of the update / 2) at last. The formula was
+    near the best of three or four constant weights on lenet, at batch 1 and 8, whole and with a
+    tenth of the entries, with 300 to 800 steps; TV and the fade were chosen likewise at 340 steps.
     """
     update = seen.sent
     if "defense" in seen.grants and seen.defense.mask(update) is not None:
