@@ -82,7 +82,7 @@ class DPSGD(Defense):
 
     def privacy(self, training: Training) -> Privacy:
         """Epsilon at `delta` by PRV (RDP beside it), or by RDP alone where PRV has no number."""
-        from fedsec.privacy import epsilon
+        from fedsec.privacy import Mechanism, epsilon
 
         if self.noise_multiplier == 0:
             return Privacy(None, self.delta, None, reason="no noise: noise_multiplier is 0")
@@ -90,17 +90,16 @@ class DPSGD(Defense):
             why = f"delta {self.delta:g} is not below 1/{training.examples}, one over the examples"
             return Privacy(None, self.delta, None, reason=why)
         rate = min(1.0, training.batch / training.examples)
-        run = (self.noise_multiplier, rate, training.steps, self.delta)
-        rdp = epsilon(*run, accountant="rdp")
+        run = Mechanism(self.noise_multiplier, rate, training.steps)
+        rdp = epsilon(*run, self.delta, accountant="rdp")
         if not math.isfinite(rdp):
             why = f"noise_multiplier {self.noise_multiplier:g} is too small for a finite epsilon"
             return Privacy(None, self.delta, None, reason=why)
         try:
-            return Privacy(
-                epsilon(*run, accountant="prv"), self.delta, "PRV", others=(("RDP", rdp),)
-            )
+            prv = epsilon(*run, self.delta, accountant="prv")
         except ArithmeticError:
-            return Privacy(rdp, self.delta, "RDP")
+            return Privacy(rdp, self.delta, "RDP", mechanism=run)
+        return Privacy(prv, self.delta, "PRV", others=(("RDP", rdp),), mechanism=run)
 
     def check(self, model: nn.Module) -> None:
         for module in model.modules():

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fedsec.checks import Refused
+from fedsec.privacy import Mechanism
 from fedsec.rng import stream
 from fedsec.types import Batch, Local, Tensors, Update
 
@@ -32,6 +33,7 @@ class Privacy:
     accountant: str | None  # with its conversion, e.g. "PRV"
     others: tuple[tuple[str, float], ...] = ()  # the same run by other accountants
     reason: str = ""  # why epsilon is None
+    mechanism: Mechanism | None = None  # what the guarantee is about, where it is a known one
 
 
 class Defense:
@@ -85,6 +87,19 @@ class Defense:
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the defense cannot protect."""
+
+
+def weakest(
+    defense: Defense, training: Sequence[Training]
+) -> tuple[Privacy | None, Training | None]:
+    """The guarantee of the client that is worst off, and its training; Nones where none is claimed.
+
+    No epsilon at all is worse than any.
+    """
+    claims = [(claim, t) for t in training if (claim := defense.privacy(t)) is not None]
+    if not claims:
+        return None, None
+    return max(claims, key=lambda c: math.inf if c[0].epsilon is None else c[0].epsilon)
 
 
 @dataclass(frozen=True)

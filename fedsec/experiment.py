@@ -23,9 +23,10 @@ from fedsec.client import schedule
 from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
-from fedsec.defense import Compose, Defense, Privacy
+from fedsec.defense import Compose, Defense, Privacy, weakest
 from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.flags import suspicious
+from fedsec.privacy import formal
 from fedsec.report.numbers import groups, scenarios
 from fedsec.rng import stream
 from fedsec.stages import chosen
@@ -459,6 +460,7 @@ class _Run:
                 "delta": privacy.delta,
                 "accountant": privacy.accountant,
                 "others": dict(privacy.others),
+                **_formal(privacy, settings.client.local.steps),
             },
             "cost": {
                 "federate_seconds": self.federate_seconds.get(name),
@@ -721,11 +723,23 @@ def _estimate(settings: Settings, dataset: Dataset, model: nn.Module, defenses: 
 
 def _privacy(defense: Defense, federated: Federated) -> Privacy:
     """The guarantee of the client that is worst off."""
-    claims = [c for c in (defense.privacy(t) for t in federated.training) if c is not None]
-    if not claims:
-        return Privacy(None, None, None, reason="the defense makes no formal claim")
-    unbounded = [c for c in claims if c.epsilon is None]
-    return unbounded[0] if unbounded else max(claims, key=lambda c: c.epsilon or 0.0)
+    claim, _ = weakest(defense, federated.training)
+    return claim or Privacy(None, None, None, reason="the defense makes no formal claim")
+
+
+def _formal(claim: Privacy, steps: int) -> dict[str, Any]:
+    """What is proven about the whole run, and about one update of `steps` steps.
+
+    Who attacks an update knows that the image is in it: no sampling hides it there.
+    """
+    if claim.mechanism is None or claim.delta is None:
+        return {}
+    update = claim.mechanism._replace(sample_rate=1.0, steps=steps)
+    return {
+        "mechanism": claim.mechanism._asdict(),
+        "formal": [asdict(line) for line in formal(claim.mechanism, claim.delta)],
+        "formal_update": [asdict(line) for line in formal(update, claim.delta)],
+    }
 
 
 def _epsilon(privacy: Privacy) -> str:

@@ -226,13 +226,17 @@ def federate(
     seconds = time.perf_counter() - start
     model = copy.deepcopy(site.model)
     load(model, final)
-    # The final model is attacked on one more update of every client, which changes nothing else.
+    return Federated(_exchanges(site, taps), model, seconds, trained(job, site.shares))
+
+
+def trained(job: Job, shares: list[Tensor]) -> list[Training]:
+    """What each client's guarantee depends on, once the job is done.
+
+    The final model is attacked on one more update of every client, which changes nothing else.
+    """
     updates = job.rounds + (job.rounds in job.attack_rounds)
-    training = [
-        Training(updates * job.client.local.steps, len(s), min(job.client.batch, len(s)))
-        for s in site.shares
-    ]
-    return Federated(_exchanges(site, taps), model, seconds, training)
+    steps = updates * job.client.local.steps
+    return [Training(steps, len(s), min(job.client.batch, len(s))) for s in shares]
 
 
 def check(job: Job) -> None:

@@ -184,6 +184,7 @@ class Line:
     kind: str  # "bound", "approximation" or "measured"
 
 
+@lru_cache(maxsize=64)
 def formal(run: Mechanism, delta: float) -> tuple[Line, ...]:
     """What is proven about a run, in one table; what is measured can be appended to it.
 
