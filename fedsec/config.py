@@ -96,6 +96,19 @@ def settings(cfg: DictConfig, names: dict[str, str]) -> Settings:
     return Settings(values, names, **parts)
 
 
+def saved(path: Path, names: dict[str, str]) -> Settings:
+    """The settings of an earlier run from its config.yaml. Refuses what is none."""
+    try:
+        cfg = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise Refused(str(path), f"must be the config.yaml of a run ({said})") from None
+    missing = [group for group in GROUPS if not isinstance(cfg, DictConfig) or group not in cfg]
+    require(not missing, str(path), "must be the config.yaml of a run; missing", missing)
+    assert isinstance(cfg, DictConfig)
+    return settings(cfg, names)
+
+
 OPTIONS = Path(__file__).resolve().parent.parent / "configs"  # those that come with fedsec
 
 

@@ -73,10 +73,10 @@ def plan(
     torch.backends.cudnn.allow_tf32 = False  # ten bits drown what tells two gradients apart
     dataset: Dataset = settings.data.load()
     defenses = _defenses(settings)
-    job = _job(settings, device, (), settings.defense)
+    job = job_of(settings, device, (), settings.defense)
     held = shares(dataset, job.federation, values.clients, values.seed)
     probes = () if values.victim_batch == "same" else _probes(settings, held)
-    check(_job(settings, device, probes, settings.defense))
+    check(job_of(settings, device, probes, settings.defense))
     rng = stream(values.seed, "model")
     model = settings.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
     attack.check(model)
@@ -209,7 +209,7 @@ class _Run:
     def one(self, name: str, defense: Defense) -> None:
         """Federate with one defense, measure its utility, attack it, write its rows."""
         plan = self.plan
-        job = _job(self.settings, plan.device, plan.probes, defense)
+        job = job_of(self.settings, plan.device, plan.probes, defense)
         with self.console.stage("federate", name, self.values.rounds, "rounds") as stage:
             with cost.Clock(plan.device) as clock:
                 federated = federate(job, plan.dataset, stage.advance, self._craft(defense))
@@ -618,7 +618,7 @@ def _crafted(
     return crafted(settings.attack, threat, blank, stream(values.seed, "craft", round))
 
 
-def _job(settings: Settings, device: str, probes: tuple, defense: Defense) -> Job:
+def job_of(settings: Settings, device: str, probes: tuple, defense: Defense) -> Job:
     values = settings.values
     return Job(
         dataset=settings.data,

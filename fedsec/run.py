@@ -26,6 +26,7 @@ if __name__ == "__main__":
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions reach us, and become one line
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
@@ -145,6 +146,31 @@ def _run(cfg: DictConfig) -> int:
                 raise
             folder = free()
             plan = plan and replace(plan, folder=folder)
+
+
+def composed(words: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    """The configuration of the one run that the words describe, and the option of each group.
+
+    Refuses what describes none, in the same line as the run would.
+    """
+    values, options = _parted(words)
+    alone = set(options[::2]) <= {"--config-dir", "-cd"}
+    require(alone, "command line", "must describe one run, by key=value", " ".join(options))
+    swept = [word for word in values if word.startswith("sweep=")]
+    require(not swept, "sweep", "takes one run", " ".join(swept))
+    values = prepared(values)
+    if options:
+        sources = (f"file://{Path(folder).resolve()}" for folder in options[1::2])
+        values.append(f"hydra.searchpath=[{','.join(_quoted(s, False) for s in sources)}]")
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("run", values, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        names = _names(cfg, cfg.hydra.runtime.choices)
+    except (HydraException, OmegaConfBaseException) as error:
+        key, _, rule = _one_line(error, words).partition(": ")
+        raise Refused(key, rule) from None
+    return OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k != "hydra"]), names
 
 
 def _announce(plan: Plan, console: Console) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 
 from fedsec import config, experiment, federation, process, records, report
 from fedsec.console import Console
+from fedsec.privacy import POOLS
 from fedsec.run import CONFIGS, prepared
 from fedsec.threat import admit
 
@@ -89,6 +90,13 @@ def test_a_run_writes_what_the_contract_says(go, tmp_path):
     )
     assert written["privacy"]["epsilon"] > 0
     assert written["privacy"]["accountant"] == "PRV"
+    assert written["privacy"]["mechanism"]["steps"] == 2
+    whole, one = (written["privacy"][key] for key in ("formal", "formal_update"))
+    assert whole[0] == {"name": "epsilon", "value": written["privacy"]["epsilon"],
+                        "how": "PRV (Gopi et al. 2021)", "kind": "bound"}  # fmt: skip
+    assert [line["name"] for line in one[-4:]] == ["mu", *(f"naming 1 of {k}" for k in POOLS)]
+    assert one[-4]["value"] == 1.0  # noise 1, no sampling, one step
+    assert one[-3]["value"] == pytest.approx(0.3891, abs=5e-5)
     assert len(written["nulls"]) == 3
     rows = [strict(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert all(set(row) >= ROW for row in rows)

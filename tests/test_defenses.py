@@ -24,7 +24,7 @@ from defenses.prune import Prune
 from fedsec.checks import Refused
 from fedsec.client import client_streams, local_update, mean_gradient
 from fedsec.config import presets
-from fedsec.defense import Compose, Training
+from fedsec.defense import Compose, Training, weakest
 from fedsec.rng import stream
 from fedsec.types import Batch, Local, Update
 
@@ -318,6 +318,7 @@ def test_dpsgd_states_its_guarantee():
     assert (claim.accountant, claim.delta) == ("PRV", 1e-5)
     assert claim.epsilon == pytest.approx(5.626, abs=6e-4)
     assert dict(claim.others)["RDP"] == pytest.approx(6.150, abs=6e-4)
+    assert claim.mechanism == (1.0, 0.02, 2000)
     full = defense.privacy(Training(steps=40, examples=8, batch=32))  # the batch is all there is
     assert full.epsilon == pytest.approx(46.22, abs=0.01)
 
@@ -335,6 +336,15 @@ def test_dpsgd_says_why_it_guarantees_nothing(change, examples, reason):
     claim = defense.privacy(Training(steps=10, examples=examples, batch=10))
     assert claim.epsilon is None
     assert reason in claim.reason
+
+
+def test_the_client_that_is_worst_off_is_the_guarantee():
+    defense = DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-5)
+    many, few, none = (Training(10, examples, 10) for examples in (500, 100, 200_000))
+    claim, whose = weakest(defense, [many, few, many])
+    assert (claim, whose) == (defense.privacy(few), few)
+    assert weakest(defense, [many, none, few])[0].epsilon is None
+    assert weakest(Undefended(), [many]) == (None, None)
 
 
 def test_dpsgd_falls_back_to_rdp_where_prv_has_no_number():
