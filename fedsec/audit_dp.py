@@ -189,7 +189,7 @@ def _verdict(found: Audit) -> str:
         return f"CONTRADICTED: {lower}, and {found.claim.epsilon:.3g} is claimed"
     said = f"not contradicted: {lower}, and {found.claim.epsilon:.3g} is claimed"
     if found.most < found.claim.epsilon:
-        said += f"; these canaries could show {found.most:.2f} at most: try more --repeats"
+        said += f"; so many canaries could show {found.most:.2f} at most (--repeats adds more)"
     return said
 
 
