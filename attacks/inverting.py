@@ -28,6 +28,7 @@ class Inverting(Attack):
     lr: float  # length of a step, in normalised pixels, > 0
     tv: float  # weight of the total variation of normalised pixels, >= 0
     fade: float = 1.0  # times `tv` that the weight is at first, >= 1
+    power: float = rules.PHOTOGRAPHS  # of rules.Spectrum: how fast steps shorten with detail, >= 0
     variation: str = "anisotropic"  # or double_opponent: one of priors.VARIATIONS
     restarts: int  # random starts, the best objective wins, >= 1
     patience: int  # steps without progress that end a restart, >= 0; 0: none do
@@ -43,7 +44,7 @@ class Inverting(Attack):
         require(self.variation in priors.VARIATIONS, "variation", f"must be {kinds}",
                 self.variation)  # fmt: skip
         at_least(self, 1, "steps", "restarts", "fade")
-        at_least(self, 0, "tv", "patience")
+        at_least(self, 0, "tv", "patience", "power")
         positive(self, "lr")
         labels.known(self.labels)
 
@@ -65,6 +66,8 @@ class Inverting(Attack):
         if self.rule == "signed":
             signed, decay = rules.Adam(lr=self.lr, signed=True), rules.decay(self.steps)
             search = replace(search, rule=signed, schedule=decay, spread=1.0, spectrum=None)
+        else:
+            search = replace(search, spectrum=self.power)
         search = replace(search, patience=self.patience, halving=self.halving)
         targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)
