@@ -4,7 +4,7 @@ Lanes = victims x restarts are the leading axis of one tensor and are all steppe
 attack contributes its distance, priors, step rule and schedule; the engine owns the loop: it keeps
 each lane's best iterate by the attack's own objective, retires lanes that are done, stuck or
 non-finite, and talks to the device only to report progress, and to keep how far a long search is. A
-step's gradient comes from the sweeps (sweeps.py) where they know the model, the distance and the
+step's gradient comes from the sweeps (sweeps.py) where they know the model and the
 update; several local steps or clients are unrolled (unroll.py); else it comes from autograd.
 """
 
@@ -166,7 +166,7 @@ class Fade:
 Weight = float | Fade
 
 
-# distances that the sweeps know from inner products alone; any other goes through autograd
+# distances that the sweeps know from inner products alone
 INNER: dict[Distance, sweeps.Inner] = {
     cosine: sweeps.COSINE,
     squared: sweeps.SQUARED,
@@ -599,7 +599,7 @@ class _Lanes:
         return loss, torch.cat([gradient.flatten(1), (targets * centred).flatten(1)], 1)
 
     def by_autograd(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """The same for any model, update and distance, in one graph: a gradient of a gradient."""
+        """The same for any model and update, in one graph: a gradient of a gradient."""
         # the outer gradient is taken inside vmap: autograd's, of what vmap returns, is wrong for
         # BatchNorm in train mode (PyTorch 2.15), which a test compares with plain autograd
         lane = vmap(grad_and_value(self._one), randomness="error")
@@ -644,11 +644,11 @@ class _Lanes:
 
     def _sweeps(self) -> sweeps.LaneStep | None:
         """None where this search needs autograd."""
-        inner = INNER.get(self.search.distance)
-        if not self.one_gradient or self.altered or inner is None:
+        if not self.one_gradient or self.altered:
             return None
+        distance = INNER.get(self.search.distance, self.search.distance)
         try:
-            return sweeps.LaneStep(self.model, self.observed, inner)
+            return sweeps.LaneStep(self.model, self.observed, distance)
         except sweeps.Unsupported:
             return None
 

@@ -11,7 +11,7 @@ grouped convolutions (one weight for each lane) and BatchNorm (one statistic for
 Cosine-like distances need only inner products of weight gradients. Where a map has few positions p,
 they come from Gram matrices, p x p, and the weight gradient itself is never formed: with U the
 unfolded input and D the output's derivative, g = D U', |g|^2 = <U'U, D'D>, g U = D (U'U),
-g' D = U (D'D).
+g' D = U (D'D). For any other distance every weight gradient is formed, and autograd gives v.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor, fx, nn
+from torch.func import grad_and_value, vmap
 from torch.nn import functional as F
 
 from fedsec.models import BatchNorm2d, Normalise, Pad
 from fedsec.types import Tensors
+from fedsec.unroll import Distance
 
 aten = torch.ops.aten
 
@@ -811,7 +813,7 @@ class LaneStep:
     it holds a step's activations. Raises Unsupported.
     """
 
-    def __init__(self, model: nn.Module, observed: Tensors, distance: Inner):
+    def __init__(self, model: nn.Module, observed: Tensors, distance: Inner | Distance):
         self.program = Program(model)
         if set(observed) != set(self.program.names):
             raise Unsupported("the update is not of all parameters")
@@ -839,7 +841,8 @@ class LaneStep:
         if victims != self.victims:
             self.victims = victims
             self.rows = torch.tensor(victims, device=images.device)
-        s = Sweep(count, lanes, self.observed, victims, self.distance.exact is None)
+        grams = isinstance(self.distance, Inner) and self.distance.exact is None
+        s = Sweep(count, lanes, self.observed, victims, grams)
         logits = self.program.down(s, "forward", images.transpose(0, 1).flatten(0, 1))
         t = targets.transpose(0, 1).flatten(0, 1)
         p, weight = logits.softmax(1), t.sum(1, keepdim=True) / count
@@ -854,6 +857,10 @@ class LaneStep:
 
     def _direct(self, s: Sweep) -> Tensor:
         """The distance [l]; leaves its derivative at the weight gradients in the sweep."""
+        if not isinstance(self.distance, Inner):
+            told = {k: self.observed[k][self.rows] for k in s.g}
+            s.v, loss = vmap(grad_and_value(self.distance), randomness="error")(s.g, told)
+            return loss
         if self.formed != tuple(s.g):
             self.formed = tuple(s.g)
             self.flat = torch.cat([self.observed[k].flatten(1) for k in self.formed], 1)
