@@ -35,8 +35,10 @@ class Prune(Defense):
     def update(self, update: Update, rng: torch.Generator) -> Update:
         return replace(update, tensors=self.expected(update.tensors))
 
-    def expected(self, tensors: Tensors) -> Tensors:
-        return {k: self._pruned(t) for k, t in tensors.items()}
+    def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
+        if sent is None:
+            return {k: self._pruned(t) for k, t in tensors.items()}
+        return {k: torch.where(sent[k] != 0, t, 0) for k, t in tensors.items()}
 
     def mask(self, update: Update) -> Tensors:
         """Which entries of a sent update carry a value: what an attack should compare."""

@@ -42,6 +42,8 @@ class Defense:
     poisson = False  # training batches are drawn by Poisson sampling
     mixes = False  # images of the sent batch are no longer single private images
     random = False  # the same batch twice gives different updates
+    rounds = False  # entries of an update are sent as one of few values
+    matched = True  # a match gains by comparing what `expected` makes of its guess
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
@@ -73,8 +75,12 @@ class Defense:
         """Examples' gradients [n, *parameter] as a step sums them."""
         return gradients
 
-    def expected(self, tensors: Tensors) -> Tensors:
-        """What becomes of an update, but for noise."""
+    def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
+        """What becomes of an update, but for noise. Works under torch.func.
+
+        `sent`: what became of the update that is looked for, if no noise covers it. Of several
+        outcomes this is the one nearest to it.
+        """
         return tensors
 
     def mask(self, update: Update) -> Tensors | None:
@@ -82,7 +88,10 @@ class Defense:
         return None
 
     def noise(self, local: Local) -> tuple[float, float]:
-        """Deviations of the Gaussian and of the Laplace noise on an entry of an update."""
+        """Deviations of the Gaussian and of the Laplace noise on an entry of an update.
+
+        0.0 where there is none, and where what it has become is not known.
+        """
         return 0.0, 0.0
 
     def check(self, model: nn.Module) -> None:
@@ -112,7 +121,7 @@ class Compose(Defense):
     parts: Sequence[Defense]
 
     def __post_init__(self):
-        stepping = [p for p in self.parts if type(p).gradients is not Defense.gradients]
+        stepping = [p for p in self.parts if _steps(p)]
         if len(stepping) > 1:
             names = ", ".join(type(p).__name__.lower() for p in stepping)
             raise Refused("defense", "at most one defense may compute the gradient", names)
@@ -133,6 +142,10 @@ class Compose(Defense):
     def random(self) -> bool:  # type: ignore[override]
         return any(p.random for p in self.parts)
 
+    @property
+    def rounds(self) -> bool:  # type: ignore[override]
+        return any(p.rounds for p in self.parts)
+
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:
             batch = part.batch(batch, _own(rng, part))
@@ -142,7 +155,7 @@ class Compose(Defense):
         self, model: nn.Module, batch: Batch, rng: torch.Generator, expected: int
     ) -> Tensors:
         for part in self.parts:
-            if type(part).gradients is not Defense.gradients:
+            if _steps(part):
                 return part.gradients(model, batch, _own(rng, part), expected)
         return super().gradients(model, batch, rng, expected)
 
@@ -160,26 +173,31 @@ class Compose(Defense):
             gradients = part.per_example(gradients)
         return gradients
 
-    def expected(self, tensors: Tensors) -> Tensors:
-        for part in self.parts:
-            tensors = part.expected(tensors)
+    def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
+        for part, _, covered in self._order():
+            tensors = part.expected(tensors, None if covered else sent)
         return tensors
 
     def mask(self, update: Update) -> Tensors | None:
         """That of the last part that has one, if no noise covers it."""
-        found = None
-        for part in self.parts:
-            if (
-                any(part.noise(Local("gradient", 1.0, 1, 1)))
-                and type(part).gradients is Defense.gradients
-            ):
-                found = None  # a gradient step's noise comes before all that changes updates
-            found = part.mask(update) or found
-        return found
+        masks = [part.mask(update) for part, _, covered in self._order() if not covered]
+        return next((mask for mask in reversed(masks) if mask is not None), None)
 
     def noise(self, local: Local) -> tuple[float, float]:
+        """Not known where entries are rounded at random, or changed when noise is in them."""
+        if any(_changes(part) and (part.random or noisy) for part, noisy, _ in self._order()):
+            return 0.0, 0.0
         each = [part.noise(local) for part in self.parts]
         return math.hypot(*(g for g, _ in each)), math.hypot(*(x for _, x in each))
+
+    def _order(self) -> list[tuple[Defense, bool, bool]]:
+        """Each part; whether noise is in what it gets, and whether noise covers what it makes."""
+        # a gradient step's noise comes before all that changes updates
+        first = any(_draws(part) and _steps(part) for part in self.parts)
+        later = [_draws(part) and not _steps(part) for part in self.parts]
+        return [
+            (part, first or any(later[:i]), any(later[i:])) for i, part in enumerate(self.parts)
+        ]
 
     def check(self, model: nn.Module) -> None:
         for part in self.parts:
@@ -190,7 +208,40 @@ def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
     return stream(rng.initial_seed(), type(part).__name__)
 
 
+def _steps(part: Defense) -> bool:
+    """Whether it computes the gradient."""
+    return type(part).gradients is not Defense.gradients
+
+
+def _draws(part: Defense) -> bool:
+    """Whether it adds noise."""
+    return any(part.noise(Local("gradient", 1.0, 1, 1)))
+
+
+def _changes(part: Defense) -> bool:
+    """Whether entries of an update that it sends are other than they came."""
+    return type(part).expected is not Defense.expected and type(part).mask is Defense.mask
+
+
 def clips(defense: Defense) -> bool:
     """Whether the defense changes examples' gradients before they are summed."""
     parts = defense.parts if isinstance(defense, Compose) else (defense,)
     return any(type(part).per_example is not Defense.per_example for part in parts)
+
+
+def matched(defense: Defense, local: Local) -> Defense | None:
+    """The parts whose `expected` a match compares its guess through; None: there are none.
+
+    Not those that change entries when noise is in them: of rounding it leaves hardly more than a
+    straight line, on average. Of a sum of clients only which entries all of them dropped.
+    """
+    whole = defense if isinstance(defense, Compose) else Compose((defense,))
+    kept = [
+        part
+        for part, noisy, covered in whole._order()
+        if (part.matched and not noisy and not local.parts)
+        or not (_changes(part) or (covered and local.parts))
+    ]
+    if all(type(part).expected is Defense.expected for part in kept):
+        return None
+    return Compose(kept)

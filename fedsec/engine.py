@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from fedsec import sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
-from fedsec.defense import Defense, clips
+from fedsec.defense import Defense, clips, matched
 from fedsec.rules import PHOTOGRAPHS, Adam, Schedule, Spectrum, StepRule, anneal, constant
 from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction, Tensors, Update
@@ -126,8 +126,27 @@ def squared(guess: Tensors, observed: Tensors) -> Tensor:
 
 def relative(guess: Tensors, observed: Tensors) -> Tensor:
     """`squared`, in multiples of the observed update's squared length."""
-    whole = torch.stack([observed[k].square().sum() for k in observed]).sum()
-    return squared(guess, observed) / whole.clamp_min(1e-30)
+    return squared(guess, observed) / _square(observed).clamp_min(1e-30)
+
+
+def through(defense: Defense, distance: Distance) -> Distance:
+    """The distance of what the defense would make of the guess.
+
+    Its derivative takes the defense for a mere change of length: the straight-through estimator
+    (Bengio et al. 2013), since that of a sign, or of any rounding, is zero nearly everywhere.
+    """
+
+    def compared(guess: Tensors, observed: Tensors) -> Tensor:
+        plain = {k: g.detach() for k, g in guess.items()}
+        sent = defense.expected(plain, observed)
+        scale = (_square(sent) / _square(plain).clamp_min(1e-30)).sqrt()
+        return distance({k: sent[k] + scale * (g - plain[k]) for k, g in guess.items()}, observed)
+
+    return compared
+
+
+def _square(tensors: Tensors) -> Tensor:
+    return torch.stack([t.square().sum() for t in tensors.values()]).sum()
 
 
 def total_variation(images: Float[Tensor, "b c h w"]) -> Tensor:
@@ -439,9 +458,10 @@ class _Lanes:
     def __init__(self, seen: Observation, targets: Tensor | None, search: Search):
         update = seen.sent
         self.observed: Tensors = update.tensors
-        self.masked, self.per_example = False, None
+        self.search, self.model, self.local = search, seen.model, seen.step
+        self.distance, self.per_example = search.distance, None
         if "defense" in seen.grants:
-            self._know(seen.defense, update, search)
+            self._know(seen.defense, update)
         if search.direction:  # an update scaled to nothing still points somewhere
             squares = [t.double().flatten(1).square().sum(1) for t in self.observed.values()]
             length = torch.stack(squares).sum(0).sqrt()
@@ -450,11 +470,9 @@ class _Lanes:
                 k: (t / length.view(-1, *[1] * (t.dim() - 1))).to(t.dtype)
                 for k, t in self.observed.items()
             }
-        self.search, self.model = search, seen.model
         self.targets = None if targets is None else targets.repeat(1, search.copies, 1)
         self.informed = [p for _, p in search.priors if isinstance(p, Informed)]
         self.fading = [w for w, _ in search.priors if isinstance(w, Fade)]
-        self.local = seen.step
         self.one_gradient = self.local.kind == "gradient" and not self.local.parts
         self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())
@@ -479,24 +497,18 @@ class _Lanes:
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
         self.swept = self._sweeps()
-        self.unrolled = Unrolled(self.model, self.observed, search.distance, self.local)
+        self.unrolled = Unrolled(self.model, self.observed, self.distance, self.local)
         self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
-    def _know(self, defense: Defense, update: Update, search: Search) -> None:
-        """What the defense publishes of how it made `update`: entries it dropped, clipping."""
-        alone = [
-            Update({k: t[v] for k, t in update.tensors.items()}, {}, update.count)
-            for v in range(len(next(iter(update.tensors.values()))))
-        ]
-        masks = [defense.mask(each) for each in alone]
-        if all(mask is not None for mask in masks):
-            self.masked = True
-            self.observed = {
-                k: torch.stack([t[v] * mask[k] for v, mask in enumerate(masks) if mask])
-                for k, t in update.tensors.items()
-            }
-        one_scaled = update.count == 1 and search.distance is cosine  # its direction is the same
+    def _know(self, defense: Defense, update: Update) -> None:
+        """What the defense publishes of how it made `update`: of an example's part, and of all."""
+        made = matched(defense, self.local)
+        if made is not None:
+            self.distance = through(made, self.search.distance)
+        one_scaled = (
+            update.count == 1 and self.search.distance is cosine
+        )  # its direction is the same
         if clips(defense) and not one_scaled:
             self.per_example = defense.per_example
 
@@ -531,7 +543,7 @@ class _Lanes:
     @property
     def altered(self) -> bool:
         """Whether what is compared is not the update itself, for which only autograd has a way."""
-        return self.masked or self.search.surrogate or self.per_example is not None
+        return self.search.surrogate or self.per_example is not None
 
     def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
         """Rows -> images in [0, 1] units."""
@@ -646,7 +658,7 @@ class _Lanes:
         """None where this search needs autograd."""
         if not self.one_gradient or self.altered:
             return None
-        distance = INNER.get(self.search.distance, self.search.distance)
+        distance = INNER.get(self.distance, self.distance)
         try:
             return sweeps.LaneStep(self.model, self.observed, distance)
         except sweeps.Unsupported:
@@ -675,9 +687,7 @@ class _Lanes:
             update = surrogate(self.model, images, targets, observed, share)
         else:
             update = simulate(self.model, images, targets, self.local, self.per_example)
-        if self.masked:  # a zero that was sent says as little as one that was dropped
-            update = {k: torch.where(observed[k] != 0, u, 0) for k, u in update.items()}
-        loss = self.search.distance(update, observed)
+        loss = self.distance(update, observed)
         return loss + self._prior(pixels, told) if self.search.priors else loss
 
     def _plain_step(self, x: Tensor) -> None:

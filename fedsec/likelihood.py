@@ -54,8 +54,7 @@ class Misfit:
         self.sent, self.known = sent, defense is not None
         defense = defense or Defense()
         self.mask = defense.mask(Update(sent, {}, 0))
-        # under the mask entries are whole: what was dropped elsewhere need not be simulated
-        self.expected = None if self.mask else defense.expected
+        self.expected = defense.expected
         gaussian, laplace = (sd * local.diluted for sd in defense.noise(local))
         variance = gaussian**2 + laplace**2
         self.nats, self.absolute = variance > 0, gaussian == 0 < laplace
@@ -64,9 +63,9 @@ class Misfit:
         self.scale = scale or (1 / (2 * variance) if self.nats else 1 / square)
 
     def __call__(self, clean: Tensors) -> Float[Tensor, " n"]:
-        if self.expected is not None:
-            each = [self.expected({k: t[i] for k, t in clean.items()}) for i in range(_len(clean))]
-            clean = {k: torch.stack([e[k] for e in each]) for k in clean}
+        rows = [{k: t[i] for k, t in clean.items()} for i in range(_len(clean))]
+        each = [self.expected(row, self.sent) for row in rows]
+        clean = {k: torch.stack([e[k] for e in each]) for k in clean}
         if not self.known:
             fit = _dot(clean, {k: t[None] for k, t in self.sent.items()}) / _dot(
                 clean, clean
@@ -75,8 +74,6 @@ class Misfit:
         total = torch.zeros((), dtype=torch.float64)
         for name, sent in self.sent.items():
             apart = clean[name] - sent
-            if self.mask is not None:
-                apart = apart * self.mask[name]
             apart = apart.abs() if self.absolute else apart.square()
             total = total.to(apart.device) + apart.flatten(1).sum(1, dtype=torch.float64)
         return self.scale * total
