@@ -101,11 +101,11 @@ def _exact(seen: Observation) -> tuple[str, ...]:
 
 
 def _whole(seen: Observation) -> bool:
-    """Whether, as far as is known, the update was sent with all its entries and without noise."""
+    """Whether, as far as is known, all the update's entries were sent, unrounded, without noise."""
     if "defense" not in seen.grants:
         return True
-    update = seen.sent
-    return seen.defense.mask(update) is None and not any(seen.defense.noise(seen.step))
+    update, defense = seen.sent, seen.defense
+    return not defense.rounds and defense.mask(update) is None and not any(defense.noise(seen.step))
 
 
 @cache

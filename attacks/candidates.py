@@ -34,7 +34,8 @@ class Candidates(Attack):
 
     An update of a batch is taken for the mean of its images' own: how much of each hypothesis is in
     it is a least squares problem, and the largest shares win (not in the papers). It is not quite
-    that mean where images meet: in BatchNorm, over local steps, and where a defense mixes them.
+    that mean where images meet: in BatchNorm, over local steps, and where a defense mixes them or
+    rounds their sum.
     """
 
     classes: int  # labels tried with each candidate, the likeliest by the output's gradient, >= 1
@@ -137,6 +138,8 @@ def _words(seen, pool: _Pool, misfit: float, lead: float) -> Iterator[str]:
         yield "candidates: the defense mixes images, and single ones were compared"
     if seen.count > 1 and any(isinstance(m, BatchNorm2d) for m in seen.model.modules()):
         yield "candidates: BatchNorm joins the images of the batch, and single ones were compared"
+    if seen.count > 1 and (pool.defense or Defense()).rounds:
+        yield "candidates: the defense rounds their sum, and single ones were compared"
     if seen.count > 1 and pool.local.kind == "fedavg" and pool.local.steps > 1:
         yield "candidates: local steps join the images of the batch, and single ones were compared"
     if not pool.misfit.nats and misfit > FITS:

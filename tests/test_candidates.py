@@ -7,10 +7,13 @@ from test_attacks import MEAN, STD, nothing, rngs
 from torch.nn import functional as F
 
 from attacks.candidates import Candidates
+from defenses.clip import Clip
 from defenses.dpsgd import DPSGD
 from defenses.mixup import Mixup
 from defenses.noise import Noise
 from defenses.prune import Prune
+from defenses.quantize import Quantize
+from defenses.sign import Sign
 from fedsec import likelihood
 from fedsec.client import client_streams, local_update
 from fedsec.data import Photos
@@ -25,7 +28,8 @@ from fedsec.verify import candidates
 SHAPE, CLASSES, POOL = (3, 8, 8), 4, 12
 ATTACK = Candidates(classes=10)
 GAUSS, LAPLACE = (Noise(std=0.05, distribution=d) for d in ("gaussian", "laplace"))
-PRUNE = Prune(ratio=0.9)
+PRUNE, SIGN, CLIP = Prune(ratio=0.9), Sign(scale="mean"), Clip(norm=0.1)
+NEAREST, DRAWN = (Quantize(bits=2, rounding=r) for r in ("nearest", "stochastic"))
 
 
 def dpsgd(sigma):
@@ -68,8 +72,12 @@ def chosen(found, seen):
     [
         Defense(), GAUSS, LAPLACE, PRUNE, dpsgd(0.01),
         Compose([PRUNE, GAUSS]), Compose([dpsgd(0.001), PRUNE]), Compose([dpsgd(0.001), LAPLACE]),
+        SIGN, NEAREST, DRAWN, CLIP, Compose([PRUNE, SIGN]), Compose([CLIP, PRUNE]),
+        Compose([SIGN, CLIP]), Compose([NEAREST, Noise(std=1e-4, distribution="gaussian")]),
     ],
-    ids=["none", "gauss", "laplace", "prune", "dpsgd", "prune-noise", "dpsgd-prune", "dpsgd-noise"],
+    ids=["none", "gauss", "laplace", "prune", "dpsgd", "prune-noise", "dpsgd-prune", "dpsgd-noise",
+         "sign", "nearest", "drawn", "clip", "prune-sign", "clip-prune", "sign-clip",
+         "nearest-noise"],
 )  # fmt: skip
 @pytest.mark.parametrize("kind", ["gradient", "fedavg"])
 def test_it_is_right_with_its_label_where_the_update_says_enough(defense, kind):
@@ -82,9 +90,15 @@ def test_it_is_right_with_its_label_where_the_update_says_enough(defense, kind):
 
 
 def test_without_noise_the_misfit_of_the_right_one_is_rounding():
-    for defense in (Defense(), PRUNE):
+    for defense in (Defense(), PRUNE, SIGN, NEAREST, DRAWN, CLIP, Compose([CLIP, PRUNE])):
         found = ATTACK(told(defense)[0], rngs(4), nothing)
         assert found.loss.max() < 1e-20
+
+
+def test_signs_of_noise_are_no_certain_choice():
+    """Their likelihood is not a Gaussian's, in whose terms any choice would seem certain."""
+    seen, _, _ = told(Compose([dpsgd(30.0), SIGN]))
+    assert all("not certain" in " ".join(f) for f in ATTACK(seen, rngs(4), nothing).flags)
 
 
 @pytest.mark.parametrize("batch", [2, 5])
@@ -154,6 +168,8 @@ def test_under_large_noise_it_is_at_chance_and_says_so():
 
 
 def test_what_it_compares_wrongly_is_said():
+    flags = ATTACK(told(SIGN, batch=2)[0], rngs(4), nothing).flags
+    assert all("the defense rounds their sum" in " ".join(f) for f in flags)
     flags = ATTACK(told(Mixup(k=2, upper=0.65), batch=2)[0], rngs(4), nothing).flags
     assert all("the defense mixes images" in " ".join(f) for f in flags)
     model = ResNetSpec(depth=8, width=4).build(SHAPE, CLASSES, MEAN, STD, stream(0, "m")).double()

@@ -15,16 +15,19 @@ from torch import nn
 from torch.nn.functional import cross_entropy, one_hot
 
 import defenses.dpsgd as dpsgd
+from defenses.clip import Clip
 from defenses.dpsgd import DPSGD
 from defenses.instahide import InstaHide
 from defenses.mixup import Mixup, mixing
 from defenses.noise import Noise
 from defenses.none import Undefended
 from defenses.prune import Prune
+from defenses.quantize import Quantize
+from defenses.sign import Sign
 from fedsec.checks import Refused
 from fedsec.client import client_streams, local_update, mean_gradient
 from fedsec.config import presets
-from fedsec.defense import Compose, Training, weakest
+from fedsec.defense import Compose, Training, matched, weakest
 from fedsec.rng import stream
 from fedsec.types import Batch, Local, Update
 
@@ -543,6 +546,237 @@ def test_noise_has_the_declared_deviation_and_shape(distribution):
         assert not rightly_noisy(broken(std=0.03, distribution=distribution))
 
 
+# Signs
+
+
+def signed_by_hand(tensors, scale):
+    """Entry by entry; zeros stay zeros."""
+    found = {}
+    for name, tensor in tensors.items():
+        entries = [float(g) for g in tensor.flatten()]
+        size = sum(map(abs, entries)) / len(entries) if scale == "mean" else 1.0
+        signs = [size * ((g > 0) - (g < 0)) for g in entries]
+        found[name] = torch.tensor(signs).view(tensor.shape)
+    return found
+
+
+class ZeroIsUp(Sign):
+    def expected(self, tensors, sent=None):
+        return super().expected({k: t + 1e-30 for k, t in tensors.items()})
+
+
+class OneScaleForAll(Sign):
+    def _size(self, tensor):
+        return update_of().tensors["w"].abs().mean()
+
+
+@pytest.mark.parametrize("scale", ["mean", "one"])
+def test_signs_are_taken_entry_by_entry_and_zero_stays_zero(scale):
+    update = update_of()
+    update.tensors["w"][0], update.tensors["none"] = 0, torch.zeros(3)
+    expected = flat(signed_by_hand(update.tensors, scale))
+
+    def right(defense) -> bool:
+        sent = defense.update(update, stream(0))
+        assert sent.buffers is update.buffers
+        return torch.allclose(flat(sent.tensors), expected, atol=1e-6)
+
+    assert right(Sign(scale=scale))
+    assert not right(OneScaleForAll(scale=scale))
+    assert right(ZeroIsUp(scale=scale)) is False
+
+
+# Quantisation
+
+
+def quantized_by_hand(tensor, bits):
+    """Of all the values that can be sent, the nearest one."""
+    most, levels = float(tensor.abs().max()), 2 ** (bits - 1) - 1
+    values = torch.tensor([most * i / levels for i in range(-levels, levels + 1)]).to(tensor)
+    return values[(tensor[..., None] - values).abs().argmin(-1)]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_nearest_is_the_nearest_of_all_values(bits):
+    update = update_of()
+    update.tensors["none"] = torch.zeros(3)
+    for rounding in ("nearest", "stochastic"):
+        defense = Quantize(bits=bits, rounding=rounding)
+        sent = defense.update(update, stream(0)).tensors
+        for name, tensor in update.tensors.items():
+            values = sent[name]
+            assert len(values.unique()) <= 2**bits - 1
+            torch.testing.assert_close(values, quantized_by_hand(values, bits))  # all on the grid
+            step = float(tensor.abs().max()) / defense.levels
+            if rounding == "nearest":
+                torch.testing.assert_close(values, quantized_by_hand(tensor, bits))
+            else:
+                assert (values - tensor).abs().max() <= step * (1 + 1e-6)
+        assert float(sent["scalar"]) == pytest.approx(float(update.tensors["scalar"]))
+        assert torch.equal(sent["none"], torch.zeros(3))
+
+
+class AlwaysDown(Quantize):
+    def update(self, update, rng):
+        down = {
+            k: self._levels(t)[0].floor() * self._levels(t)[1] for k, t in update.tensors.items()
+        }
+        return replace(update, tensors=down)
+
+
+class FairCoin(Quantize):
+    """Up or down with one half each, wherever between them the entry is."""
+
+    def update(self, update, rng):
+        coins = {k: torch.randint(2, t.shape, generator=rng) for k, t in update.tensors.items()}
+        levels = {k: self._levels(t) for k, t in update.tensors.items()}
+        up = {k: torch.where(c == 1, levels[k][0].ceil(), levels[k][0].floor()) for k, c in
+              coins.items()}  # fmt: skip
+        return replace(update, tensors={k: u * levels[k][1] for k, u in up.items()})
+
+
+class OneCoin(Quantize):
+    """One draw for all entries of a tensor."""
+
+    def update(self, update, rng):
+        drawn = {}
+        for name, tensor in update.tensors.items():
+            whole, step = self._levels(tensor)
+            drawn[name] = (whole + torch.rand((), generator=rng)).floor() * step
+        return replace(update, tensors=drawn)
+
+
+def unbiased(defense: Quantize, draws: int = 4000) -> bool:
+    """The mean over draws is the update, and entries are rounded independently; 5 sigma."""
+    tensor = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    update, step = Update({"w": tensor}, {}, 1), 1 / defense.levels
+    sent = torch.stack([defense.update(update, stream(0, i)).tensors["w"] for i in range(draws)])
+    away = (sent - tensor) / step
+    free = tensor.remainder(step).minimum(-tensor.remainder(-step)) > 1e-9  # not on the grid
+    centred = (away.mean(0).abs() < 5 * 0.5 / math.sqrt(draws)).all()
+    unit = away[:, free] / away[:, free].std(0).clamp_min(1e-9)
+    together = (unit.T @ unit / draws).fill_diagonal_(0).abs().max() < 6 / math.sqrt(draws)
+    return bool(centred and together)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_stochastic_rounding_is_right_on_average(bits):
+    assert unbiased(Quantize(bits=bits, rounding="stochastic"))
+    for broken in (AlwaysDown, FairCoin, OneCoin):
+        assert not unbiased(broken(bits=bits, rounding="stochastic"))
+    assert not unbiased(Quantize(bits=bits, rounding="nearest"), draws=200)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_what_was_sent_is_expected_of_the_update_behind_it_and_of_no_other(rounding):
+    update, other = update_of(), update_of(1)
+    for bits in (2, 4):
+        defense = Quantize(bits=bits, rounding=rounding)
+        sent = defense.update(update, stream(0)).tensors
+        torch.testing.assert_close(defense.expected(update.tensors, sent), sent)
+        away = defense.expected(other.tensors, sent)
+        assert (flat(away) - flat(sent)).norm() > 0.2 * flat(sent).norm()
+
+
+# Clipping of the whole update
+
+
+def cut(defense: Clip) -> bool:
+    """No update is longer than `norm`; shorter ones, and directions, stay as they are."""
+    for scale in (0.0, 1e-3, 1.0, 1e6):
+        tensors = {k: scale * t.double() for k, t in update_of().tensors.items()}
+        sent = defense.update(Update(tensors, {}, 1), stream(0)).tensors
+        whole, left = flat(tensors), flat(sent)
+        length = min(float(whole.norm()), defense.norm)
+        if not torch.allclose(left, whole * (length / max(1e-300, float(whole.norm())))):
+            return False
+        if any(sent[k].shape != t.shape for k, t in tensors.items()):
+            return False
+    return True
+
+
+class EachTensor(Clip):
+    def expected(self, tensors, sent=None):
+        alone = [super(EachTensor, self).expected({k: t}) for k, t in tensors.items()]
+        return {k: t for one in alone for k, t in one.items()}
+
+
+class ScalarStays(Clip):
+    def expected(self, tensors, sent=None):
+        cut = super().expected(tensors)
+        return {k: t if t.dim() == 0 else cut[k] for k, t in tensors.items()}
+
+
+class AlwaysScales(Clip):
+    def expected(self, tensors, sent=None):
+        return {k: t * self.norm / flat(tensors).norm() for k, t in tensors.items()}
+
+
+def test_clip_bounds_the_whole_update():
+    assert cut(Clip(norm=0.5))
+    for broken in (EachTensor, ScalarStays, AlwaysScales):
+        assert not cut(broken(norm=0.5))
+
+
+# What an adversary may know of several
+
+
+NOISE = Noise(std=0.1, distribution="gaussian")
+SIGN, NEAREST = Sign(scale="mean"), Quantize(bits=3, rounding="nearest")
+DRAWN, CLIP = Quantize(bits=3, rounding="stochastic"), Clip(norm=0.5)
+
+
+@pytest.mark.parametrize("defense", [SIGN, NEAREST, DRAWN, CLIP, Prune(ratio=0.5)])
+@pytest.mark.parametrize("other", [SIGN, NEAREST, DRAWN, CLIP, Prune(ratio=0.5)])
+def test_what_two_make_of_an_update_is_what_one_makes_of_the_others(defense, other):
+    both, update = Compose((defense, other)), update_of()
+    first = defense.update(update, stream(0))
+    if not (defense.random or other.random):
+        expected = flat(other.expected(first.tensors))
+        assert torch.equal(flat(both.expected(update.tensors)), expected)
+        assert torch.equal(flat(both.update(update, stream(0)).tensors), expected)
+    sent = both.update(update, stream(0)).tensors
+    if not defense.random:  # what is drawn between two parts is not told apart
+        torch.testing.assert_close(both.expected(update.tensors, sent), sent)
+
+
+@pytest.mark.parametrize(
+    ("parts", "known"),
+    [
+        ([SIGN], [SIGN]),
+        ([DRAWN], [DRAWN]),
+        ([Quantize(bits=4, rounding="stochastic")], []),  # a plain match finds more
+        ([NOISE], []),
+        ([SIGN, NOISE], [SIGN]),
+        ([NOISE, SIGN], []),  # of a sign the noise leaves nearly a straight line
+        ([NOISE, Prune(ratio=0.5)], [Prune(ratio=0.5)]),  # which entries were sent is seen
+        ([SIGN, DPSGD(**DP)], []),  # a step's noise comes first
+        ([SIGN, DPSGD(**DP | {"noise_multiplier": 0.0})], [SIGN]),
+    ],
+)
+def test_a_match_goes_through_what_comes_before_noise(parts, known):
+    found = matched(Compose(parts), LOCAL)
+    of_updates = [
+        p for p in (found.parts if found else ()) if isinstance(p, tuple(map(type, known)))
+    ]
+    assert of_updates == known
+    assert (found is None) == (not known)
+
+
+def test_of_a_sum_only_dropped_entries_are_known():
+    several, prune = replace(LOCAL, parts=(1, 1)), Prune(ratio=0.5)
+    assert matched(Compose([SIGN, CLIP]), several) is None
+    assert matched(Compose([SIGN, prune]), several).parts == [prune]
+    assert matched(Compose([prune, NOISE]), several) is None
+
+
+def test_noise_that_is_rounded_or_scaled_is_of_unknown_size():
+    for known in ([NOISE], [SIGN, NOISE], [NOISE, Prune(ratio=0.5)]):
+        assert Compose(known).noise(LOCAL) == (0.1, 0.0)
+    for unknown in ([NOISE, SIGN], [NOISE, CLIP], [DRAWN, NOISE], [SIGN, DPSGD(**DP)]):
+        assert Compose(unknown).noise(LOCAL) == (0.0, 0.0)
+
+
 # All of them
 
 
@@ -583,12 +817,15 @@ def test_hooks_change_nothing_they_were_given_and_follow_the_stream(name):
     torch.manual_seed(7)
     other = run(PRESETS[name], seed=1)
     changed = [not torch.equal(a, b) for a, b in zip(first, other, strict=True)]
-    draws = {"dpsgd": [2], "mixup": [0, 1, 2], "instahide": [0, 1, 2], "noise": [3]}
+    draws = {"dpsgd": [2], "mixup": [0, 1, 2], "instahide": [0, 1, 2], "noise": [3],
+             "quantize": [3]}  # fmt: skip
     assert [i for i, c in enumerate(changed) if c] == draws.get(name, [])
 
 
 def test_the_presets_are_found():
-    assert set(PRESETS) >= {"none", "dpsgd", "prune", "mixup", "instahide", "noise"}
+    assert set(PRESETS) >= {"none", "dpsgd", "prune", "mixup", "instahide", "noise", "sign",
+                            "quantize", "clip"}  # fmt: skip
+    assert {n for n, d in PRESETS.items() if d.rounds} == {"sign", "quantize"}
     assert {n for n, d in PRESETS.items() if d.mixes} == {"mixup", "instahide"}
     assert {n for n, d in PRESETS.items() if d.poisson} == {"dpsgd"}
     training = Training(steps=10, examples=500, batch=10)
@@ -606,7 +843,10 @@ def test_no_defense_is_the_identity(model):
 def test_composition_keeps_a_guarantee_only_where_it_holds():
     private, training = DPSGD(**DP), Training(steps=10, examples=500, batch=10)
     alone = private.privacy(training)
-    assert Compose([private, Prune(ratio=0.5)]).privacy(training) == alone  # post-processing
+    for after in (Prune(ratio=0.5), SIGN, NEAREST, DRAWN, CLIP):  # post-processing
+        assert Compose([private, after]).privacy(training) == alone
+        assert Compose([after, private]).privacy(training) == alone  # updates come after steps
+        assert Compose([after]).privacy(training) is None
     with pytest.raises(Refused, match="no epsilon holds"):
         Compose([Mixup(k=4, upper=0.65), private])
     with pytest.raises(Refused, match="at most one"):
@@ -641,6 +881,13 @@ def test_composing_shifts_no_draw():
         (Noise, {"std": -0.1, "distribution": "gaussian"}, "std"),
         (Noise, {"std": math.nan, "distribution": "gaussian"}, "std"),
         (Noise, {"std": 0.1, "distribution": "uniform"}, "distribution"),
+        (Sign, {"scale": "median"}, "scale"),
+        (Quantize, {"bits": 1, "rounding": "nearest"}, "bits"),
+        (Quantize, {"bits": 17, "rounding": "nearest"}, "bits"),
+        (Quantize, {"bits": 4, "rounding": "up"}, "rounding"),
+        (Clip, {"norm": 0.0}, "norm"),
+        (Clip, {"norm": math.inf}, "norm"),
+        (Clip, {"norm": math.nan}, "norm"),
     ],
 )
 def test_values_out_of_range_are_refused(kind, fields, key):

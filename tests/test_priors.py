@@ -8,14 +8,18 @@ from test_engine import CLASSES, GRADIENT, SHAPE, built, nothing, observed, priv
 from torch.nn import functional as F
 
 from attacks.fedavg import _averaged, _epochs
+from defenses.clip import Clip
 from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
 from defenses.prune import Prune
+from defenses.quantize import Quantize
+from defenses.sign import Sign
 from fedsec import engine, priors, rules
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
 from fedsec.defense import Compose
 from fedsec.models import norm_stats
 from fedsec.rng import stream
+from fedsec.threat import Observation
 from fedsec.types import Local, Update
 
 NORMED = ("mlp batch", "convnet", "resnet8", "resnet18")
@@ -265,6 +269,99 @@ def test_under_a_mask_only_what_was_sent_is_compared():
     assert float(loss) == pytest.approx(float(expected), rel=1e-9)
     truth = ((batch.images - 0.5) / 0.25).reshape(1, -1)
     assert float(lanes.objective(truth, torch.zeros(1, dtype=torch.long))[0]) < 1e-12
+
+
+TRANSFORMS = {
+    "sign": Sign(scale="mean"),
+    "nearest": Quantize(bits=3, rounding="nearest"),
+    "drawn": Quantize(bits=2, rounding="stochastic"),
+    "clip": Clip(norm=0.1),
+    "prune-sign": Compose([Prune(ratio=0.5), Sign(scale="one")]),
+    "clip-prune": Compose([Clip(norm=0.1), Prune(ratio=0.5)]),
+    "prune-noise": Compose([Prune(ratio=0.5), Noise(std=1e-9, distribution="gaussian")]),
+}
+
+
+def known_to(defense, model, batches, local=GRADIENT, **more):
+    """Lanes that know the defense behind what they see, and its updates."""
+    seen = observed(model, batches, local)
+    seen._facts["local"] = local
+    for v in range(len(batches)):
+        alone = Update({k: t[v] for k, t in seen.update.tensors.items()}, {}, 1)
+        for k, t in defense.update(alone, stream(0, v)).tensors.items():
+            seen.update.tensors[k][v] = t
+    blind = Observation("blind", dict(seen._facts))
+    seen._facts["defense"] = defense
+    targets, search = torch.stack([b.targets for b in batches]), signed(1, priors=(), **more)
+    return engine._Lanes(seen, targets, search), engine._Lanes(blind, targets, search)
+
+
+@pytest.mark.parametrize("local", [GRADIENT, Local("fedavg", 0.1, 3, 2)], ids=["one", "steps"])
+@pytest.mark.parametrize("distance", [engine.cosine, engine.squared])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_a_match_goes_through_what_the_defense_does(name, distance, local, monkeypatch):
+    """The true images explain what was sent of them; the way is as without a defense."""
+    defense, model = TRANSFORMS[name], built("lenet")
+    batches = [private(2, seed=v) for v in range(2)]
+    lanes, naive = known_to(defense, model, batches, local, distance=distance)
+    active = torch.arange(2)
+    truth = torch.stack([((b.images - 0.5) / 0.25).flatten() for b in batches])
+    assert float(lanes.objective(truth, active)[0].max()) < 1e-12
+    if not (name == "clip" and distance is engine.cosine):
+        assert float(naive.objective(truth, active)[0].min()) > 1e-6
+
+    x = torch.randn(2, lanes.pixels, dtype=torch.float64)
+    found = lanes.objective(x, active)
+    assert (lanes.swept is None) == (local.kind == "fedavg"), "no double backward"
+    for mine, plain in zip(found, lanes.by_autograd(x, active), strict=True):
+        torch.testing.assert_close(mine, plain)
+    for lane in active:  # the twin: a straight line through the point that is compared
+        z = x[lane].clone().requires_grad_()
+        images, targets = z.view(2, *SHAPE) * 0.25 + 0.5, batches[lane].targets
+        guess = engine.simulate(model, images, targets, local)
+        told = {k: t[lane] for k, t in lanes.observed.items()}
+        mild = [p for p in getattr(defense, "parts", (defense,)) if not isinstance(p, Noise)]
+        given = None if name == "prune-noise" else told
+        made = Compose(mild).expected({k: g.detach() for k, g in guess.items()}, given)
+        made = {k: m.clone().requires_grad_() for k, m in made.items()}
+        loss = distance(made, told)
+        slopes = torch.autograd.grad(loss, list(made.values()))
+        flat = (torch.cat([t.detach().flatten() for t in d.values()]) for d in (made, guess))
+        ratio = float(next(flat).norm() / next(flat).norm())
+        along = sum((guess[k] * s).sum() for k, s in zip(made, slopes, strict=True))
+        (slope,) = torch.autograd.grad(ratio * along, z)
+        torch.testing.assert_close(found[0][lane], loss.detach())
+        torch.testing.assert_close(found[1][lane], slope)
+
+
+def test_without_a_straight_line_signs_lead_nowhere(monkeypatch):
+    """The broken twin: the derivative of a sign is zero, but for its scale's."""
+
+    def honest(defense, distance):
+        return lambda guess, observed: distance(defense.expected(guess, observed), observed)
+
+    x, active = torch.randn(1, 432, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    lanes, _ = known_to(Sign(scale="one"), built("lenet"), [private(1)])
+    assert lanes.objective(x, active)[1].abs().max() > 0
+    monkeypatch.setattr(engine, "through", honest)
+    lanes, _ = known_to(Sign(scale="one"), built("lenet"), [private(1)])
+    assert lanes.objective(x, active)[1].abs().max() == 0
+
+
+def test_clipped_examples_and_a_rounded_sum_are_matched_together():
+    """What one does to examples and what the other does to their sum: both, in that order."""
+    model, batch = built("lenet"), private(3)
+    clip, sign = DPSGD(clip=0.5, noise_multiplier=0.0, delta=1e-5), Sign(scale="mean")
+    sums = clip.gradients(model, batch, stream(0, "noise"), 3)
+    seen = observed(model, [batch])
+    for k, t in sign.expected(sums).items():
+        seen.update.tensors[k][0] = t
+    truth = ((batch.images - 0.5) / 0.25).reshape(1, -1)
+    for parts, least, most in (([clip, sign], 0, 1e-12), ([clip], 1e-3, 2), ([sign], 1e-9, 2)):
+        seen._facts["defense"] = Compose(parts)
+        lanes = engine._Lanes(seen, batch.targets[None], signed(1, priors=()))
+        loss = float(lanes.objective(truth, torch.zeros(1, dtype=torch.long))[0])
+        assert least <= abs(loss) <= most, parts
 
 
 @pytest.mark.parametrize("distance", [engine.cosine, engine.squared])

@@ -24,6 +24,7 @@ from attacks.rgap import RGAP
 from defenses.mixup import Mixup
 from defenses.noise import Noise
 from defenses.prune import Prune
+from defenses.sign import Sign
 from fedsec import cost, engine, experiment, metrics, priors, records, resume
 from fedsec.attack import Attack
 from fedsec.client import FedAvg, Gradient, client_streams, local_update
@@ -42,6 +43,7 @@ MEAN, STD = (0.5,) * 3, (0.25,) * 3
 BARE = ("model", "update", "count", "shape")
 SERVER = (*BARE, "mode", "data_range", "local", "buffers", "defense")
 NONE, PRUNE, MIXUP = Compose(()), Prune(ratio=0.9), Mixup(k=2, upper=0.65)
+SIGN = Sign(scale="mean")
 
 
 def noise(std):
@@ -418,7 +420,7 @@ def test_fewer_facts_mean_fewer_stages(suite, grants):
     assert names(found) == ["labels", *expected, "match"]
 
 
-@pytest.mark.parametrize("defense", [PRUNE, noise(1e-3)])
+@pytest.mark.parametrize("defense", [PRUNE, noise(1e-3), SIGN, Compose([noise(1e-3), SIGN])])
 def test_equations_are_not_solved_where_they_are_known_not_to_hold(suite, defense):
     stack = sent(defense)
     suite(stack)
