@@ -28,6 +28,8 @@ class Clip(Defense):
 
     norm: float  # > 0, largest L2 norm of an update
 
+    turns = False
+
     def __post_init__(self):
         positive(self, "norm")
 

@@ -43,6 +43,7 @@ class Defense:
     mixes = False  # images of the sent batch are no longer single private images
     random = False  # the same batch twice gives different updates
     rounds = False  # entries of an update are sent as one of few values
+    turns = True  # what is sent of an update may point elsewhere
     matched = True  # a match gains by comparing what `expected` makes of its guess
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
@@ -229,18 +230,22 @@ def clips(defense: Defense) -> bool:
     return any(type(part).per_example is not Defense.per_example for part in parts)
 
 
-def matched(defense: Defense, local: Local) -> Defense | None:
+def matched(defense: Defense, local: Local, directions: bool = False) -> Defense | None:
     """The parts whose `expected` a match compares its guess through; None: there are none.
 
     Not those that change entries when noise is in them: of rounding it leaves hardly more than a
-    straight line, on average. Of a sum of clients only which entries all of them dropped.
+    straight line, on average. Of a sum of clients only which entries all of them dropped. Where
+    `directions` alone are compared, not those that change no direction.
     """
     whole = defense if isinstance(defense, Compose) else Compose((defense,))
     kept = [
         part
         for part, noisy, covered in whole._order()
-        if (part.matched and not noisy and not local.parts)
-        or not (_changes(part) or (covered and local.parts))
+        if (part.turns or not directions)
+        and (
+            (part.matched and not noisy and not local.parts)
+            or not (_changes(part) or (covered and local.parts))
+        )
     ]
     if all(type(part).expected is Defense.expected for part in kept):
         return None

@@ -503,7 +503,7 @@ class _Lanes:
 
     def _know(self, defense: Defense, update: Update) -> None:
         """What the defense publishes of how it made `update`: of an example's part, and of all."""
-        made = matched(defense, self.local)
+        made = matched(defense, self.local, directions=self.search.distance is cosine)
         if made is not None:
             self.distance = through(made, self.search.distance)
         one_scaled = (

@@ -334,6 +334,13 @@ def test_a_match_goes_through_what_the_defense_does(name, distance, local, monke
         torch.testing.assert_close(found[1][lane], slope)
 
 
+def test_a_direction_needs_to_know_of_no_length():
+    """Exactly the search that knows of no clipping, in the fast path."""
+    for distance, same in ((engine.cosine, True), (engine.squared, False)):
+        known, naive = known_to(Clip(norm=0.1), built("lenet"), [private(1)], distance=distance)
+        assert (known.distance is naive.distance) == same
+
+
 def test_without_a_straight_line_signs_lead_nowhere(monkeypatch):
     """The broken twin: the derivative of a sign is zero, but for its scale's."""
 
