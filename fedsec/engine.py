@@ -506,9 +506,8 @@ class _Lanes:
         made = matched(defense, self.local, directions=self.search.distance is cosine)
         if made is not None:
             self.distance = through(made, self.search.distance)
-        one_scaled = (
-            update.count == 1 and self.search.distance is cosine
-        )  # its direction is the same
+        # of one example, a scaled gradient points where the whole one does
+        one_scaled = update.count == 1 and self.search.distance is cosine
         if clips(defense) and not one_scaled:
             self.per_example = defense.per_example
 
