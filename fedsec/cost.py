@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from fedsec.types import Batch
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 # ---- arithmetic ---------------------------------------------------------------------------------
@@ -82,16 +84,21 @@ class _Counter(TorchDispatchMode):
         return out
 
 
-def flops(fn: Callable[[], object]) -> float:
-    """GFLOP of one call of `fn`, which is run once, eagerly.
+def counted(fn: Callable[[], T]) -> tuple[T, float]:
+    """What `fn` returns, and the GFLOP of this one call, which is eager.
 
     Right under torch.func's vmap and grad and through double backward: v lanes count v times one.
     A function compiled by torch.compile hides its products: count its eager twin. Counting slows
     a small model several times, so count one step and multiply.
     """
     with _Counter() as counter:
-        fn()
-    return counter.operations / 1e9
+        made = fn()
+    return made, counter.operations / 1e9
+
+
+def flops(fn: Callable[[], object]) -> float:
+    """GFLOP of one call of `fn`: see `counted`."""
+    return counted(fn)[1]
 
 
 _counted: dict[str, float] = {}  # GFLOP, by what was counted

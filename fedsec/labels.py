@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from fedsec.checks import require
-from fedsec.cost import flops
+from fedsec.cost import counted
 from fedsec.models import last_linear
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -45,9 +45,8 @@ def targets_of(
         return seen.labels, 0.0
     last = _last_layers(seen)
     tell = METHODS[_chosen(method, seen.count)]
-    found: list[Tensor] = []
-    spent = flops(lambda: found.append(tell(last[0])))
-    found += [tell(one) for one in last[1:]]
+    first, spent = counted(lambda: tell(last[0]))
+    found = [first, *(tell(one) for one in last[1:])]
     assert len(found) == len(rngs)
     targets = F.one_hot(torch.stack(found), classes(seen.model))
     return targets.to(next(seen.model.parameters()).dtype), spent
