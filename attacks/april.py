@@ -1,23 +1,17 @@
 """APRIL: what the gradient of a vision transformer's position embedding gives away."""
 
 import copy
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 from torch.func import vmap
-from torch.nn import functional as F
 
-from fedsec import cost, engine, labels
+from fedsec import labels, neurons, solve
 from fedsec.attack import Attack
-from fedsec.checks import Refused, require
-from fedsec.models import Shape, ViT
-from fedsec.types import Reconstruction, Tensors
+from fedsec.checks import Refused, one_of, require
+from fedsec.models import ViT
 
-# of the largest singular value: none but rounding in double, then two a decade
-CUTOFFS = (1e-13, *(10 ** (-half / 2) for half in range(16, 0, -1)))
 EXACT, FOUND = 1e-9, 0.5  # one minus cosine similarity up to which an update counts as explained
 
 
@@ -45,8 +39,7 @@ class April(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        known = ("embedding", "attention")
-        require(self.through in known, "through", "must be embedding or attention", self.through)
+        one_of(self, "through", "embedding", "attention")
         labels.known(self.labels)
 
     def check(self, model):
@@ -62,69 +55,42 @@ class April(Attack):
             raise Refused("model.encoder", f"{rule} (model.encoder=sequential)", "residual")
 
     def __call__(self, seen, rngs, progress):
-        observed = seen.sent
         targets, told = labels.targets_of(seen, rngs, self.labels)
-        local = seen.step
         model, targets = copy.deepcopy(seen.model).double(), targets.double()
-        grey = targets.new_full((1, seen.count, *seen.shape), 0.5)
-        found, loss, flags, spent = [], [], [], []
+        double, count = seen.having(model=model), seen.count
 
-        def one(update: Tensors, target: Tensor) -> None:
-            guesses = grey
-            if seen.count == 1:
-                solutions = self._solutions(model, update, seen.shape)
-                guesses = torch.cat([grey, solutions[:, None]])
-
-            def distance(images: Tensor) -> Tensor:
-                return engine.cosine(engine.simulate(model, images, target, local), update)
-
+        def one(update, v):
+            update = {k: t.double() for k, t in update.items()}
+            guesses = targets.new_full((1, count, *seen.shape), 0.5)
+            if count == 1:
+                solutions = neurons.pixels(double, self._solutions(model, update, seen.shape))
+                guesses = torch.cat([guesses, solutions[:, None].clamp(0, 1)])
             # re-computing the update certifies the result; in single precision it could not choose
-            losses = vmap(distance)(guesses).detach()
+            losses = vmap(lambda x: solve.misfit(double, x, targets[v], update))(guesses)
             best = int(losses.argmin())
             best = best if losses[best] < FOUND else 0
-            found.append(guesses[best])
-            loss.append(losses[best])
-            flags.append(_words(seen.count, best, float(losses[best])))
+            said = "inexact: the image explains the update in part; see loss"
+            if count > 1:
+                said = f"not found: april needs an update of one image, and this one is of {count}"
+            elif best == 0:
+                said = "not found: no solution explains the update"
+            flags = () if best and losses[best] <= EXACT else (said,)
+            return solve.Found(guesses[best], targets[v].argmax(-1), losses[best], flags)
 
-        for v in range(len(rngs)):
-            update = {k: t[v].double() for k, t in observed.tensors.items()}
-            spent.append(told + cost.flops(partial(one, update, targets[v])))
-            progress(v + 1, len(rngs), float(loss[-1]))
-        nothing = torch.zeros(len(rngs), dtype=torch.long)
-        gflop = torch.tensor(spent, dtype=torch.float64)
+        found = solve.each(seen, rngs, progress, one, told)
         dtype = next(seen.model.parameters()).dtype
-        images, losses = torch.stack(found).to(dtype), torch.stack(loss).to(dtype)
-        return Reconstruction(images, targets.argmax(-1), losses, nothing, gflop, tuple(flags))
+        return replace(found, images=found.images.to(dtype), loss=found.loss.to(dtype))
 
-    def _solutions(self, model, update: Tensors, shape: Shape) -> Float[Tensor, "g c h w"]:
-        """The image in [0, 1], once for each cutoff."""
+    def _solutions(self, model, update, shape) -> Float[torch.Tensor, "g c h w"]:
+        """The normalised image, once for each cutoff."""
         tokens = update["pos_embed"][0]  # theorem 2: the derivative at the encoder's input
         embed = model.patch_embed.weight.flatten(1)
         if self.through == "embedding":
-            patches = _solved(tokens[1:], update["patch_embed.weight"].flatten(1))
+            patches = solve.least_norm(tokens[1:], update["patch_embed.weight"].flatten(1))
         else:
             qkv = model.blocks[0].attn.qkv.weight
             right = qkv.T @ update["blocks.0.attn.qkv.weight"]  # theorem 1, equation 7
             known = model.pos_embed[0] + model.patch_embed.bias
-            inner = _solved(tokens, right)[:, 1:] - known[1:]
+            inner = solve.least_norm(tokens, right)[:, 1:] - known[1:]
             patches = inner @ torch.linalg.pinv(embed).T
-        side = model.patch_embed.kernel_size
-        pixels = F.fold(patches.mT, shape[1:], side, stride=side)
-        return (pixels * model.normalise.std + model.normalise.mean).clamp(0, 1)
-
-
-def _words(count: int, best: int, loss: float) -> tuple[str, ...]:
-    if count > 1:
-        return (f"not found: april needs an update of one image, and this one is of {count}",)
-    if best == 0:
-        return ("not found: no solution explains the update",)
-    return () if loss <= EXACT else ("inexact: the image explains the update in part; see loss",)
-
-
-def _solved(left: Float[Tensor, "t d"], right: Float[Tensor, "d k"]) -> Float[Tensor, "g t k"]:
-    """X of left' X = right, of least norm, without what each of `CUTOFFS` takes for noise."""
-    u, s, v = torch.linalg.svd(left, full_matrices=False)
-    inner = (v @ right)[None]
-    kept = s > torch.tensor(CUTOFFS).to(s)[:, None] * s[0]
-    inverse = torch.where(kept, 1 / s, 0)
-    return u @ (inverse[..., None] * inner)
+        return model.folded(patches, shape)

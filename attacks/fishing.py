@@ -1,17 +1,13 @@
 """Fishing for User Data in Large-Batch Federated Learning via Gradient Magnification."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 
-from fedsec import cuts, engine, labels, neurons, priors
+from fedsec import cuts, engine, labels, neurons, priors, solve
 from fedsec.attack import Attack
 from fedsec.checks import Refused, at_least, positive, require
 from fedsec.models import last_linear
-from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Reconstruction, Update
 
 SHARP = 3000.0  # logits of the fishing class for one deviation of the feature
 PUBLIC = 512  # images that the feature's quantiles are taken from, where nothing public is granted
@@ -52,11 +48,10 @@ class Fishing(Attack):
     def evaluations(self):
         return self.steps
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model):
         name, layer = last_linear(model)
-        require(
-            layer.bias is not None, "model", "attack=fishing needs a last layer with bias", name
-        )
+        rule = "attack=fishing needs a last layer with bias"
+        require(layer.bias is not None, "model", rule, name)
         if neurons.coupled(model):
             rule = "attack=fishing needs images that do not change each other's gradients; "
             rule += "use model.mode=eval or another model.norm"
@@ -71,43 +66,24 @@ class Fishing(Attack):
         fished = int(torch.randint(last_linear(model)[1].out_features, (), generator=rng))
         feature = features @ along
         steep = SHARP / feature.std().clamp_min(1e-12)
-        # one above all images; if there are more, one below them all, and quantiles between
-        parts = max(1, self.queries - 1)
-        at = torch.arange(1, parts, dtype=torch.float64, device=feature.device) / parts
-        inner, far = feature.double().quantile(at.flip(0)).to(feature), 100 * feature.std()
-        places = [feature.max() + far, *inner, feature.min() - far][: self.queries]
+        places = cuts.places(feature, self.queries)
         return tuple(cuts.answering(model, fished, steep * along, -steep * c) for c in places)
 
     def __call__(self, seen, rngs, progress):
         targets, spent = labels.targets_of(seen, rngs, self.labels)
         fished = int(last_linear(seen.model)[1].weight.abs().sum(1).argmax())
         caught = [cuts.caught(seen, v, fished) for v in range(len(rngs))]
-        owners = [v for v, updates in enumerate(caught) for _ in updates]
-        images = targets.new_full((len(rngs), seen.count, *seen.shape), 0.5)
-        images = images.to(next(seen.model.parameters()).dtype)
-        loss, steps = torch.ones(len(rngs)).to(images), torch.zeros(len(rngs), dtype=torch.long)
-        gflop = torch.full((len(rngs),), float(spent), dtype=torch.float64)
         rest = "the others are grey: no two cuts parted them from each other"
-        said = [f"{len(c)} of {seen.count} images were fished; {rest}" for c in caught]
-        flags: list[tuple[str, ...]] = [(word,) for word in said]
-        if owners:
-            fished_out = [u for updates in caught for u in updates]
-            tensors = {k: torch.stack([u[k] for u in fished_out]) for k in fished_out[0]}
-            update = Update(tensors, {}, 1)
-            facts = {"model": seen.model, "update": update, "count": 1, "shape": seen.shape,
-                     "data_range": seen.data_range}  # fmt: skip
-            one_hot = torch.eye(targets.shape[-1]).to(images)[fished].expand(len(owners), 1, -1)
-            own = [
-                stream(rngs[v].initial_seed(), owners[:i].count(v)) for i, v in enumerate(owners)
-            ]
-            single = Observation("fishing", facts)
+        each = []
+        for updates, target in zip(caught, targets, strict=True):
+            said = f"{len(updates)} of {seen.count} images were fished; {rest}"
+            grey = solve.none(seen, seen.update.tensors, said)
+            each.append(replace(grey, labels=target.argmax(-1), gflop=float(spent)))
+        if any(caught):
+            single, own = cuts.apart(seen, caught, rngs)
+            one_hot = torch.eye(targets.shape[-1]).to(targets)[fished].expand(len(own), 1, -1)
             terms = priors.smooth(single, self.tv)
             search = engine.spectral(steps=self.steps, lr=self.lr, priors=terms)
             found = engine.match(single, one_hot, search, own, progress)
-            for v in set(owners):
-                mine = [i for i, owner in enumerate(owners) if owner == v]
-                images[v, : len(mine)] = found.images[mine, 0]
-                loss[v], steps[v] = found.loss[mine].mean(), found.steps[mine].max()
-                gflop[v] += found.gflop[mine].sum()
-                flags[v] += tuple(sorted({flag for i in mine for flag in found.flags[i]}))
-        return Reconstruction(images, targets.argmax(-1), loss, steps, gflop, tuple(flags))
+            each = cuts.dealt(each, found, caught)
+        return solve.stacked(each)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import at_least, positive, require
+from fedsec.checks import at_least, one_of, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,8 @@ class Inverting(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        known = ("signed", "spectral")
-        require(self.rule in known, "rule", "must be signed or spectral", self.rule)
-        kinds = " or ".join(priors.VARIATIONS)
-        require(self.variation in priors.VARIATIONS, "variation", f"must be {kinds}",
-                self.variation)  # fmt: skip
+        one_of(self, "rule", "signed", "spectral")
+        one_of(self, "variation", *priors.VARIATIONS)
         at_least(self, 1, "steps", "restarts", "fade")
         at_least(self, 0, "tv", "patience", "power")
         positive(self, "lr")

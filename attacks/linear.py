@@ -1,16 +1,15 @@
 """The exact leak of a fully connected layer that sees the input."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
 
-from fedsec import cost, engine, labels
+from fedsec import labels, neurons, solve
 from fedsec.attack import Attack
-from fedsec.checks import Refused
 from fedsec.models import first_layer
-from fedsec.types import Reconstruction, Tensors
+from fedsec.solve import Found
+from fedsec.types import Tensors
 
 NEURONS = 2048  # read per victim, those with the largest bias gradients
 
@@ -34,34 +33,20 @@ class Linear(Attack):
         labels.known(self.labels)
 
     def check(self, model: nn.Module) -> None:
-        name, layer = first_layer(model)
-        if not isinstance(layer, nn.Linear) or layer.bias is None:
-            kind = type(layer).__name__
-            raise Refused("model", "attack=linear needs a fully connected first layer with bias "
-                          "(model=mlp)", f"{kind} {name}")  # fmt: skip
+        neurons.first_linear("linear", model)
 
     def __call__(self, seen, rngs, progress):
-        update = seen.sent
         name, _ = first_layer(seen.model)
         targets, told = labels.targets_of(seen, rngs, self.labels)
-        local = seen.step
-        images, loss, spent = [], [], []
 
-        def one(observed: Tensors, victim: int) -> None:
-            rows, bias = observed[f"{name}.weight"], observed[f"{name}.bias"]
-            images.append(_read(seen, rows, bias))
+        def one(update: Tensors, victim: int) -> Found:
+            rows, bias = update[f"{name}.weight"], update[f"{name}.bias"]
+            images, target = _read(seen, rows, bias), targets[victim]
             # re-computing the update certifies the result
-            guess = engine.simulate(seen.model, images[-1], targets[victim], local)
-            loss.append(engine.cosine(guess, observed).detach())
+            loss = solve.misfit(seen, images, target, update)
+            return Found(images.clamp(0, 1), target.argmax(-1), loss)
 
-        for v in range(len(rngs)):
-            observed = {k: t[v] for k, t in update.tensors.items()}
-            spent.append(told + cost.flops(partial(one, observed, v)))
-            progress(v + 1, len(rngs), float(loss[-1]))
-        nothing = torch.zeros(len(rngs), dtype=torch.long)
-        gflop = torch.tensor(spent, dtype=torch.float64)
-        found = torch.stack(images).clamp(0, 1)
-        return Reconstruction(found, targets.argmax(-1), torch.stack(loss), nothing, gflop)
+        return solve.each(seen, rngs, progress, one, told)
 
 
 def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -70,23 +55,15 @@ def _read(seen, rows: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         return rows.new_full((seen.count, *seen.shape), 0.5)
     order = bias.abs().argsort(descending=True)
     order = order[bias[order] != 0][:NEURONS]
-    normalise = seen.model.normalise
-    flat = rows[order] / bias[order, None]
-    images = flat.reshape(-1, *seen.shape) * normalise.std + normalise.mean
+    images = neurons.pixels(seen, rows[order] / bias[order, None])
     if len(images) == 0:
         return images.new_full((seen.count, *seen.shape), 0.5)
     low, high = seen.data_range
     outside = (low - images).clamp_min(0) + (images - high).clamp_min(0)
     mixture = outside.flatten(1).amax(1) > 1e-3 * (high - low)
-    same = _equal(images.flatten(1), 1e-3 * (high - low))
+    same = neurons.equal(images.flatten(1), 1e-3 * (high - low))
     told = torch.where(mixture, 0, same.sum(1))
     first = ~same.tril(-1).any(1)
     credible = torch.where(first, told, -1).argsort(descending=True, stable=True)
     picked = images[credible[: seen.count]]
     return torch.cat([picked, picked[:1].expand(seen.count - len(picked), *seen.shape)])
-
-
-def _equal(rows: torch.Tensor, within: float) -> torch.Tensor:
-    """Which rows equal which, up to a root mean square difference: [n n], true on the diagonal."""
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(rows, rows, compute_mode=exact) <= within * rows.shape[1] ** 0.5

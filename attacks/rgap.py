@@ -4,29 +4,14 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn import functional as F
 
-from fedsec import cost, engine
+from fedsec import cost, solve
 from fedsec.attack import Attack
-from fedsec.checks import require
+from fedsec.checks import at_least, require
 from fedsec.models import last_linear
-from fedsec.rgap import chain, heads, walk
-from fedsec.types import Local, Reconstruction, Tensors
-
-GRADIENT = Local(kind="gradient", lr=1.0)
-
-
-@dataclass(frozen=True)
-class Found:
-    """Of one victim."""
-
-    images: Float[Tensor, "b c h w"]
-    label: int  # -1: unknown
-    loss: float
-    gflop: float
-    flags: tuple[str, ...] = ()
+from fedsec.rgap import chain, heads, residual, walk
+from fedsec.solve import Found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +39,7 @@ class RGAP(Attack):
 
     def __post_init__(self):
         require(1e-6 <= self.weight <= 1e6, "weight", "must be in [1e-6, 1e6]", self.weight)
-        require(self.iterations >= 1, "iterations", "must be at least 1", self.iterations)
+        at_least(self, 1, "iterations")
         require(0 < self.residual < 1, "residual", "must be in (0, 1)", self.residual)
 
     def check(self, model):
@@ -65,32 +50,24 @@ class RGAP(Attack):
         return 2 * self.iterations * 4 / 3 * cost.update_gflop(seen.model, seen.count, seen.shape)
 
     def __call__(self, seen, rngs, progress):
-        update = seen.sent
-        model = copy.deepcopy(seen.model).double()
-        found = []
-        for v, rng in enumerate(rngs):
-            observed = {k: t[v].double() for k, t in update.tensors.items()}
-            found.append(self._one(seen, model, observed, rng))
-            progress(v + 1, len(rngs), found[-1].loss)
-        like = next(seen.model.parameters())
-        return Reconstruction(
-            torch.stack([f.images for f in found]).to(like),
-            torch.tensor([[f.label] * seen.count for f in found], device=like.device),
-            torch.tensor([f.loss for f in found], device=like.device, dtype=torch.float64),
-            torch.zeros(len(found), dtype=torch.long),
-            torch.tensor([f.gflop for f in found], dtype=torch.float64),
-            tuple(f.flags for f in found),
-        )
+        like, model = next(seen.model.parameters()), copy.deepcopy(seen.model).double()
 
-    def _one(self, seen, model, observed: Tensors, rng) -> Found:
-        """What is found of one victim."""
+        def one(update, v):
+            observed = {k: t.double() for k, t in update.items()}
+            found = self._walked(seen, model, observed, rngs[v])
+            return replace(found, images=found.images.to(like))
+
+        return solve.each(seen, rngs, progress, one, counts=False)  # LSMR's steps: see `walk`
+
+    def _walked(self, seen, model, observed, rng) -> Found:
+        """The image that the last layer's gradient leads to, or grey and why."""
         ways, spent, why = [], 0.0, "the last layer's gradient is not that of one image"
         if seen.count > 1:
             why = f"{seen.count} images are behind one update, and R-GAP inverts one"
-        elif not all(t.isfinite().all() for t in observed.values()):
+        elif not solve.finite(observed):
             why = "the update is not finite"
         else:
-            layers, local = chain(model), seen.local if "local" in seen.grants else GRADIENT
+            layers, local = chain(model), seen.step
             lr = local.lr if local.kind == "fedavg" else 1.0
             for head in heads(layers[-1], observed, lr):
                 way = walk(layers, head, observed, seen.shape, self.weight, self.iterations, rng)
@@ -98,28 +75,19 @@ class RGAP(Attack):
                 why = f"{way.stuck} does not determine its input"
                 if way.image is not None:
                     image = (way.image * model.normalise.std + model.normalise.mean).clamp(0, 1)
-                    target = F.one_hot(torch.tensor([head.label]), len(head.dz)).to(image)
-                    loss, gflop = _residual(model, image, target, head.scale, observed)
-                    ways.append(Found(image, head.label, loss, gflop))
-        ways.sort(key=lambda f: f.loss)
+                    label = torch.tensor([head.label], device=image.device)
+                    target = F.one_hot(label, len(head.dz)).to(image)
+                    loss, gflop = residual(model, image, target, head.scale, observed)
+                    ways.append(Found(image, label, loss, gflop=gflop))
+        ways.sort(key=lambda f: float(f.loss))
         spent += sum(f.gflop for f in ways)
         if ways and ways[0].loss <= self.residual:
-            twin = len(ways) > 1 and ways[1].loss <= self.residual
+            twin = len(ways) > 1 and bool(ways[1].loss <= self.residual)
             flags = ("another image sends the same update: the last layer allows two",) * twin
             return replace(ways[0], gflop=spent, flags=flags)
         if ways:
             why = f"the image it leads to sends another update, residual {ways[0].loss:.2g}"
-        grey = torch.full((seen.count, *seen.shape), 0.5).to(next(model.parameters()))
-        even = torch.full_like(model(grey), 1 / last_linear(model)[1].out_features)
-        loss, gflop = _residual(model, grey, even, 1.0, observed)
-        return Found(grey, -1, loss, spent + gflop, (f"not found: {why}",))
-
-
-def _residual(model, images, targets, scale: float, observed: Tensors) -> tuple[float, float]:
-    """How far the re-computed update is, over the longer one's length, at most 2; and its GFLOP."""
-    again: list[Tensors] = []
-    spent = cost.flops(lambda: again.append(engine.simulate(model, images, targets, GRADIENT)))
-    pairs = [(scale * again[0][k].flatten(), observed[k].flatten()) for k in observed]
-    guess, sent = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-    length = torch.maximum(guess.norm(), sent.norm()).clamp_min(1e-300)
-    return float(((guess - sent).norm() / length).nan_to_num(2.0)), spent
+        grey = solve.none(seen, observed, f"not found: {why}")
+        even = torch.full_like(model(grey.images), 1 / last_linear(model)[1].out_features)
+        loss, gflop = residual(model, grey.images, even, 1.0, observed)
+        return replace(grey, loss=loss, gflop=spent + gflop)

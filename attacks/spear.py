@@ -6,25 +6,11 @@ from functools import partial
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fedsec import cost, engine
+from fedsec import neurons, solve, spear
 from fedsec.attack import Attack
-from fedsec.checks import Refused, require
+from fedsec.checks import at_least, one_of
 from fedsec.models import first_layer
-from fedsec.spear import (
-    Factors,
-    Score,
-    agreement,
-    basis,
-    believed,
-    factors,
-    inputs,
-    labels_of,
-    swapped,
-    widened,
-)
-from fedsec.types import Local, Reconstruction, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,86 +34,60 @@ class Spear(Attack):
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):
-        known = self.rule in ("annealed", "sampled")
-        require(known, "rule", "must be annealed or sampled", self.rule)
-        require(self.starts >= 1, "starts", "must be at least 1", self.starts)
-        require(self.chunk >= 1, "chunk", "must be at least 1", self.chunk)
+        one_of(self, "rule", "annealed", "sampled")
+        at_least(self, 1, "starts", "chunk")
 
     def gflop_at_most(self, seen):
         """Of the singular values (Golub and Van Loan 2013, 8.6): the search is little beside it."""
-        layer = first_layer(seen.model)[1]
-        assert isinstance(layer, nn.Linear), "check refuses other models"
-        short, long = sorted((layer.in_features, layer.out_features))
+        short, long = sorted(neurons.first_linear("spear", seen.model)[1].weight.shape)
         return (6 * long + 20 * short) * short**2 / 1e9
 
-    def check(self, model: nn.Module) -> None:
-        name, layer = first_layer(model)
+    def check(self, model):
         leaves = [m for m in model.modules() if not list(m.children())]
-        after = [m for m in leaves[leaves.index(layer) + 1 :] if not isinstance(m, nn.Identity)]
-        linear = isinstance(layer, nn.Linear) and layer.bias is not None
-        if not linear or not after or not isinstance(after[0], nn.ReLU):
-            rule = "attack=spear needs a fully connected first layer with bias and ReLU (model=mlp)"
-            raise Refused("model", rule, f"{type(layer).__name__} {name}")
+        after = leaves[leaves.index(first_layer(model)[1]) + 1 :]
+        after = [m for m in after if not isinstance(m, nn.Identity)]
+        silences = isinstance(next(iter(after), None), nn.ReLU)
+        neurons.first_linear("spear", model, "with bias and ReLU", silences)
 
     def __call__(self, seen, rngs, progress):
-        update = seen.sent
-        found, spent = [], []
+        def one(update, v):
+            return self._inverted(seen, update, rngs[v])
 
-        def one(observed: Tensors, rng: torch.Generator) -> None:
-            found.append(self._invert(seen, observed, rng))
+        return solve.each(seen, rngs, progress, one, self.gflop_at_most(seen))
 
-        for v, rng in enumerate(rngs):
-            observed = {k: t[v] for k, t in update.tensors.items()}
-            spent.append(cost.flops(partial(one, observed, rng)))
-            progress(v + 1, len(rngs), float(found[-1][2]))
-        images, labels, loss, flags = zip(*found, strict=True)
-        nothing = torch.zeros(len(rngs), dtype=torch.long)
-        gflop = torch.tensor(spent, dtype=torch.float64) + self.gflop_at_most(seen)
-        images, labels, loss = (torch.stack(part) for part in (images, labels, loss))
-        return Reconstruction(images, labels, loss, nothing, gflop, flags)
+    def _inverted(self, seen, update, rng) -> solve.Found:
+        """One victim's images: rows of X in D X = L R, with D = L Q and X = Q^-1 R."""
 
-    def _invert(self, seen, observed: Tensors, rng: torch.Generator):
-        """Images [b c h w], labels [b], loss [] and flags of one victim."""
-        model, count = seen.model, seen.count
-        name, layer = first_layer(model)
-        assert isinstance(layer, nn.Linear), "check refuses other models"
-        gradient, bias = observed[f"{name}.weight"], observed[f"{name}.bias"].double()
-        images = gradient.new_full((count, *seen.shape), 0.5)
-        labels = torch.full((count,), -1, device=gradient.device)
+        def nothing(why: str) -> solve.Found:
+            return solve.none(seen, update, f"spear found no image: {why}")
 
-        def nothing(why: str):
-            return images, labels, gradient.new_ones(()), (f"spear found no image: {why}",)
-
-        if not all(t.isfinite().all() for t in observed.values()):
+        if not solve.finite(update):
             return nothing("the update is not finite")
-        f = factors(gradient)
-        if not 0 < f.rank <= count:
-            return nothing(f"{count} images without a defense do not cause rank {f.rank}")
-        score = partial(agreement, f, f.right @ layer.weight.double().T, layer.bias.double(), bias)
+        name, layer = neurons.first_linear("spear", seen.model)
+        rows, bias = update[f"{name}.weight"], update[f"{name}.bias"].double()
+        f = spear.factors(rows)
+        if not 0 < f.rank <= seen.count:
+            return nothing(f"{seen.count} images without a defense do not cause rank {f.rank}")
+        weights = f.right @ layer.weight.double().T, layer.bias.double()
+        score = partial(spear.agreement, f, *weights, bias)
         q = self._search(f, score, rng)
-        sure = believed(f, q, score) if len(q) == f.rank else torch.zeros(f.rank).bool()
-        n = int(sure.sum())
-        if n == 0:
+        sure = spear.believed(f, q, score)
+        if not sure.any():
             return nothing(f"none explains the update after {self.starts * f.rank} starts")
-        back = inputs(f, q[None], bias)[0]
-        flat = (back @ f.right)[sure].reshape(n, *seen.shape)
-        pixels = flat * model.normalise.std + model.normalise.mean
-        images[:n] = pixels.clamp(0, 1).to(images.dtype)
-        passed = (f.left @ torch.linalg.inv(back)).T[sure]
-        labels[:n] = labels_of(model, f"{name}.bias", images[:n], passed.to(images.dtype))
-        whole = "local" in seen.grants and n == count
-        local = seen.local if whole else Local(kind="gradient", lr=1.0)
-        targets = F.one_hot(labels[:n], len(model(images[:1])[0])).to(images.dtype)
-        loss = engine.cosine(engine.simulate(model, images[:n], targets, local), observed)
-        rest = () if n == count else (f"spear found {n} of {count} images; the rest are grey",)
-        return images, labels, loss.detach(), rest
+        back = spear.inputs(f, q[None], bias)[0]
+        images = neurons.pixels(seen, (back @ f.right)[sure]).clamp(0, 1).to(rows.dtype)
+        passed = (f.left @ torch.linalg.inv(back)).T[sure].to(rows.dtype)
+        labels = spear.labels_of(seen.model, f"{name}.bias", images, passed)
+        rest = f"spear found {len(images)} of {seen.count} images; the rest are grey"
+        flags = () if len(images) == seen.count else (rest,)
+        return solve.some(seen, images, labels, update, flags)
 
-    def _search(self, f: Factors, score: Score, rng: torch.Generator) -> Float[Tensor, "c r"]:
+    def _search(self, f: spear.Factors, score: spear.Score, rng) -> Float[Tensor, "c r"]:
         """The best basis, of fewer than r directions where they do not suffice."""
         q = others = f.left.new_zeros(0, f.rank)
         for start in range(0, self.starts * f.rank, self.chunk):
             starts = min(self.chunk, self.starts * f.rank - start)
-            q, others = basis(f, widened(f, q, self.rule, starts, rng))
+            q, others = spear.basis(f, spear.widened(f, q, self.rule, starts, rng))
             if len(q) == f.rank and float(score(q[None]).min()) >= f.enough:
                 return q
-        return swapped(q, others, score) if len(q) == f.rank else q
+        return spear.swapped(q, others, score) if len(q) == f.rank else q

@@ -36,18 +36,14 @@ class Trap(Attack):
         labels.known(self.labels)
 
     def check(self, model: nn.Module) -> None:
-        name, layer = first_layer(model)
-        if not isinstance(layer, nn.Linear) or layer.bias is None:
-            rule = "attack=trap needs a fully connected first layer with bias (model=mlp)"
-            raise Refused("model", rule, f"{type(layer).__name__} {name}")
+        neurons.first_linear("trap", model)
         if neurons.coupled(model):  # and it would take the bias away
             rule = "attack=trap needs neurons that one image can fire: take model.norm=none"
             raise Refused("model", rule, "BatchNorm in train mode")
 
     def craft(self, model, known, rng):
         neurons.refuse_steps("trap", known)
-        _, layer = first_layer(model)
-        assert isinstance(layer, nn.Linear), "checked"
+        _, layer = neurons.first_linear("trap", model)
         mean, std = model.get_submodule("normalise").buffers()
         half = layer.in_features // 2
         negative = -torch.randn(layer.out_features, half, generator=rng).abs()
@@ -63,11 +59,10 @@ class Trap(Attack):
 
     def __call__(self, seen, rngs, progress):
         name, _ = first_layer(seen.model)
-        normalise = seen.model.normalise
 
         def ratios(rows, bias):
             fired = neurons.beyond_rounding(bias).nonzero().flatten()
-            flat = (rows[fired] / bias[fired, None]).reshape(-1, *seen.shape)
-            return flat * normalise.std + normalise.mean, bias[fired], fired
+            images = neurons.pixels(seen, rows[fired] / bias[fired, None])
+            return images, bias[fired], fired
 
         return neurons.reconstruct(seen, name, ratios, rngs, progress, self.labels)

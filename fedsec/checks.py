@@ -40,6 +40,12 @@ def at_least(owner: object, least: int, *keys: str) -> None:
         require(least <= value < math.inf, key, rule, value)
 
 
+def one_of(owner: object, key: str, *known: str) -> None:
+    """Refuse a field `key` of `owner` that is none of `known`."""
+    value = getattr(owner, key)
+    require(value in known, key, f"must be {' or '.join(known)}", value)
+
+
 def positive(owner: object, *keys: str) -> None:
     """Refuse fields `keys` of `owner` that are not above 0, or not finite."""
     for key in keys:

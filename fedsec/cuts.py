@@ -9,6 +9,8 @@ images between them, whatever their classes.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from fedsec import rules
 from fedsec.models import last_linear
+from fedsec.rng import stream
+from fedsec.solve import Found
 from fedsec.threat import Observation
-from fedsec.types import Tensors
+from fedsec.types import Reconstruction, Tensors, Update
 
 WHOLE = 0.02  # how far from one a count of images may be: more says that one is astride of a cut
 
@@ -62,6 +66,52 @@ def caught(seen: Observation, victim: int, fished: int) -> list[Tensors]:
         only[key] = (-row / others).expand_as(only[key]).clone()
         only[key][fished] = row
     return [only]
+
+
+def apart(
+    seen: Observation, caught: Sequence[Sequence[Tensors]], rngs: Sequence[torch.Generator]
+) -> tuple[Observation, list[torch.Generator]]:
+    """All victims' caught updates as updates of one image each, and a stream for each of them."""
+    updates = [update for own in caught for update in own]
+    tensors = {k: torch.stack([u[k] for u in updates]) for k in updates[0]}
+    single = seen.of([], ("model", "shape", "data_range"))
+    own = [stream(rng.initial_seed(), i) for rng, c in zip(rngs, caught, strict=True)
+           for i in range(len(c))]  # fmt: skip
+    return single.having(update=Update(tensors, {}, 1), count=1), own
+
+
+def dealt(
+    each: Sequence[Found], single: Reconstruction, caught: Sequence[Sequence[Tensors]]
+) -> list[Found]:
+    """What was found of each victim, with the images that were made of its caught updates."""
+    out, first = [], 0
+    for found, own in zip(each, caught, strict=True):
+        mine = slice(first, first + len(own))
+        first = mine.stop
+        if own:
+            images = torch.cat([single.images[mine, 0], found.images[len(own) :]])
+            flags = sorted({flag for flags in single.flags[mine] for flag in flags})
+            found = replace(
+                found,
+                images=images,
+                loss=single.loss[mine].mean(),
+                flags=(*found.flags, *flags),
+                steps=int(single.steps[mine].max()),
+                gflop=found.gflop + float(single.gflop[mine].sum()),
+            )
+        out.append(found)
+    return out
+
+
+def places(feature: Float[Tensor, " n"], queries: int) -> list[Tensor]:
+    """Cuts, from the highest: one above all images; where there are more, one below them all.
+
+    Quantiles of the feature between.
+    """
+    parts = max(1, queries - 1)
+    at = torch.arange(1, parts, dtype=torch.float64, device=feature.device) / parts
+    inner, far = feature.double().quantile(at.flip(0)).to(feature), 100 * feature.std()
+    return [feature.max() + far, *inner, feature.min() - far][:queries]
 
 
 @torch.no_grad()

@@ -2,13 +2,15 @@
 
 Rows of a mixture are weighted sums of images. `principal` and `whitened` leave as many uncorrelated
 rows of variance one as there are images; `minimised` finds the matrix that unmixes these, under
-one of two contrasts: `likelihood` of differences of pixels, `cocktail` of pixels.
+one of two contrasts: `likelihood` of differences of pixels, `cocktail` of pixels. What is unmixed
+has neither sign nor length: `lengthened` gives it both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +20,7 @@ from torch.nn import functional as F
 from fedsec.engine import total_variation
 
 SHARP = 5.0  # of the penalty on unmixing vectors that are alike
+INSIDE = 0.75  # share of an image's pixels in range from which its length is believed
 
 
 def principal(rows: Float[Tensor, "m d"], count: int, least: float) -> Float[Tensor, "m n"]:
@@ -77,3 +80,19 @@ def cocktail(
     pairs = max(1, len(u) * (len(u) - 1) // 2)
     alike = (SHARP * (u @ u.T).abs()).exp().triu(1).sum() / pairs
     return tv * total_variation(x) + apart * alike - cosh.square().mean()
+
+
+def lengthened(
+    x: Float[Tensor, "n d"], sums: Float[Tensor, " n"], normalise: Any, shape: tuple[int, ...]
+) -> tuple[Float[Tensor, "n c h w"], int]:
+    """Images in [0, 1], inputs over their vectors' sums of the bias's gradient, and how many.
+
+    The other ones are stretched: they would leave the range, or have no sum.
+    """
+    pixels = (x / sums[:, None]).reshape(-1, *shape) * normalise.std + normalise.mean
+    inside = ((pixels > -0.02) & (pixels < 1.02)).flatten(1).double().mean(1) >= INSIDE
+    signed = torch.where(sums[:, None] < 0, -x, x).reshape(-1, *shape) * normalise.std
+    low, high = (signed.flatten(1).aminmax(dim=1)[i][:, None, None, None] for i in (0, 1))
+    stretched = (signed - low) / (high - low).clamp_min(1e-300)
+    images = torch.where(inside[:, None, None, None], pixels, stretched)
+    return images.clamp(0, 1), int(inside.sum())

@@ -10,14 +10,20 @@ import math
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.optimize import nnls
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn import functional as F
 
 from fedsec.defense import Defense, clips
 from fedsec.engine import simulate
+from fedsec.models import last_linear
+from fedsec.threat import Observation
 from fedsec.types import Local, Tensors, Update
+
+CHUNK, HELD = 2**24, 2**30  # bytes of simulated updates: at a time, and of all for a batch
+NATS = 3.0  # lead over the next candidate below which a choice is not certain: odds of 20 to 1
 
 
 def alone(
@@ -117,3 +123,58 @@ def shares(gram: Float[Tensor, "n n"], along: Float[Tensor, " n"], count: int) -
     right = torch.cat([basis @ along / root, count * weight[None]])
     found, _ = nnls(left.cpu().numpy(), right.cpu().numpy(), maxiter=100 * len(gram))
     return torch.from_numpy(found).to(gram.device)
+
+
+class Pool:
+    """The hypotheses about one victim: pair p is image p // tried with the label p % tried."""
+
+    def __init__(self, seen: Observation, sent: Tensors, victim: int, tried: Int[Tensor, " k"]):
+        self.sent = sent
+        self.local = seen.step
+        self.defense = seen.defense if "defense" in seen.grants else None
+        self.misfit = Misfit(self.sent, self.local, self.defense)
+        self.model, self.count = seen.model, seen.count
+        self.images, self.tried = seen.candidates[victim], tried
+        self.targets = F.one_hot(tried, last_linear(seen.model)[1].out_features).to(self.images)
+        self.bytes = sum(t.nbytes for t in self.sent.values())  # of a pair's update
+        pairs = torch.arange(len(self.images) * len(tried), device=tried.device)
+        self.chunks = pairs.split(max(1, CHUNK // self.bytes))
+
+    def shares(self, pairs: Int[Tensor, " n"]) -> Tensors:
+        """What each of the pairs adds to the update, [n, *parameter]."""
+        images, targets = self.named(pairs)[0], self.targets[pairs % len(self.tried)]
+        each = alone(self.model, images, targets, self.local, self.defense or Defense())
+        return {k: t / self.count for k, t in each.items()}
+
+    def named(self, pairs: Int[Tensor, " n"]) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"]]:
+        """The pairs' images and labels."""
+        return self.images[pairs // len(self.tried)], self.tried[pairs % len(self.tried)]
+
+    def single(self) -> tuple[Int[Tensor, " 1"], float]:
+        """The likeliest pair, and by how many nats its image leads."""
+        misfits = torch.cat([self.misfit(self.shares(chunk)) for chunk in self.chunks])
+        rows = misfits.view(len(self.images), -1)
+        each = -(-rows).logsumexp(1) if self.misfit.nats else rows.amin(1).clamp_min(1e-30).log()
+        image = each.argmin()
+        first = each.sort().values[:2]
+        pair = image * len(self.tried) + rows[image].argmin()
+        return pair[None], float(first[-1] - first[0])
+
+    def batch(self) -> tuple[Int[Tensor, " b"], float]:
+        """The pairs with the largest shares, and a lead: 0 where the next image's is as large."""
+        kept = self.misfit.mask or {k: torch.ones_like(t) for k, t in self.sent.items()}
+        where = torch.cat([m.flatten() for m in kept.values()]).nonzero()[:, 0]
+        size = len(where) * self.bytes // sum(t.numel() for t in self.sent.values())
+        where = where[:: 1 + size * self.chunks[-1][-1].item() // HELD]  # what there is room for
+
+        def rows(tensors: Tensors, lead: int) -> Tensor:
+            return torch.cat([t.flatten(lead) for t in tensors.values()], -1)[..., where]
+
+        each = torch.cat([rows(self.shares(chunk), 1) for chunk in self.chunks])
+        gram, along = products(each, rows(self.sent, 0))
+        found = shares(gram, along, self.count).view(len(self.images), -1)
+        most, images = found.sum(1).sort(descending=True)
+        images = images[: self.count]
+        pairs = images * len(self.tried) + found[images].argmax(1)
+        gap = float(most[self.count - 1] - most[self.count]) if len(most) > self.count else 1.0
+        return pairs, 2 * NATS * gap

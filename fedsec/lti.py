@@ -28,7 +28,7 @@ from fedsec.threat import Observation
 from fedsec.types import Batch, Tensors, Update
 
 BUCKETS = 2**14  # numbers that a longer update is hashed into
-EVERY = 25  # updates between two words on progress
+EVERY = 25  # updates, or steps of the training, between two words on progress
 KNOWN = 1000  # updates among which the principal components are found
 
 Streams = Callable[..., torch.Generator]  # by their names
@@ -270,12 +270,18 @@ class Reader:
     @staticmethod
     def of(
         pairs: Pairs, hashed: Hashed, labels: bool, features: int, width: int, rng: torch.Generator
-    ) -> Reader:
-        """With a network that has learned nothing but the mean image."""
+    ) -> tuple[Reader, Float[Tensor, "n f"], Float[Tensor, "m f"]]:
+        """With a network that has learned nothing but the mean image.
+
+        And what the network sees of the pairs, and of their noise.
+        """
         components = Components.of(pairs.rows, pairs.noise, features)
         before = components.along.shape[1] + labels * pairs.told.shape[1]
         network = Network(before, width, pairs.images.mean((0, 1)), len(pairs.images[0]), rng)
-        return Reader(hashed, components, network, labels, tuple(pairs.images.shape[1:]))
+        reader = Reader(hashed, components, network, labels, tuple(pairs.images.shape[1:]))
+        noise = components(pairs.noise + components.mean)
+        x = reader.features(pairs.rows, pairs.told)
+        return reader, x, F.pad(noise, (0, x.shape[1] - noise.shape[1]))  # none on labels
 
     def features(self, rows: Float[Tensor, "n k"], told: Float[Tensor, "n classes"]) -> Tensor:
         along = self.components(rows)
@@ -298,3 +304,42 @@ def assigned(guess: Float[Tensor, "n b d"], truth: Float[Tensor, "n b d"]) -> Te
         chosen = [linear_sum_assignment(cost)[1] for cost in costs.double().cpu().numpy()]
     order = torch.stack([torch.from_numpy(c) for c in chosen]).to(truth.device)
     return F.mse_loss(guess, truth.gather(1, order[..., None].expand_as(truth)))
+
+
+def trained(
+    network: Network,
+    x: Float[Tensor, "n f"],
+    noise: Float[Tensor, "m f"],
+    images: Float[Tensor, "n b d"],
+    steps: int,
+    batch: int,
+    lr: float,
+    rng: torch.Generator,
+    told: Callable[[int, float], None],
+) -> float:
+    """Adam on `assigned` (equation 3), along half a cosine from `lr` on; and its GFLOP.
+
+    Each update of a step gets the noise of another. `told` hears how many steps are done, and the
+    loss.
+    """
+    adam = torch.optim.Adam(network.parameters, lr=lr)
+
+    def step(lr: float) -> Tensor:
+        some = torch.randint(len(x), (batch,), generator=rng).to(x.device)
+        others = torch.randint(len(noise), (batch,), generator=rng).to(x.device)
+        guess = network(x[some] + noise[others]).view(-1, *images.shape[1:])
+        loss = assigned(guess, images[some])
+        adam.zero_grad()
+        loss.backward()
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        return loss.detach()
+
+    with torch.enable_grad():
+        loss, once = cost.counted(partial(step, lr))
+        for done in range(1, steps):
+            loss = step(lr * (1 + math.cos(math.pi * done / steps)) / 2)
+            if done % EVERY == 0:
+                told(done, float(loss))
+    told(steps, float(loss))
+    return steps * once

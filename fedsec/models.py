@@ -370,6 +370,11 @@ class ViT(nn.Module):
         tokens = torch.cat([first, patches], 1) + self.pos_embed
         return self.head(self.norm(self.blocks(tokens))[:, 0])
 
+    def folded(self, patches: Float[Tensor, "n t p"], shape: Shape) -> Float[Tensor, "n c h w"]:
+        """The images that these patches make up."""
+        side = self.patch_embed.kernel_size
+        return F.fold(patches.mT, shape[1:], side, stride=side)
+
 
 # ---------------------------------------------------------------- their specifications
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import one_hot
 
-from fedsec import cost, engine
+from fedsec import solve
 from fedsec.attack import Progress, Told
 from fedsec.checks import Refused
 from fedsec.labels import targets_of
+from fedsec.models import first_layer
 from fedsec.threat import Observation
 from fedsec.types import Reconstruction, Tensors
 
@@ -66,38 +66,37 @@ def reconstruct(
     objective is the cosine distance between the observed update and the one that the result would
     cause.
     """
-    update = seen.sent
     targets, told = targets_of(seen, rngs, method)
-    local = seen.step
-    scale = local.lr if local.kind == "fedavg" else 1.0
-    found: list[Read] = []
-    labels: list[Tensor] = []
-    loss: list[Tensor] = []
+    scale = seen.step.lr if seen.step.kind == "fedavg" else 1.0
 
-    def one(observed: Tensors, victim: int) -> None:
-        held = candidates(observed[f"{layer}.weight"], observed[f"{layer}.bias"] / scale)
-        found.append(read(seen, layer, *held))
+    def one(update: Tensors, victim: int) -> solve.Found:
+        held = candidates(update[f"{layer}.weight"], update[f"{layer}.bias"] / scale)
+        found = read(seen, layer, *held)
         recovered = targets[victim].argmax(-1).tolist()
-        named = torch.tensor(all_labels(found[-1].labels, recovered), device=targets.device)
-        labels.append(named)
-        guess = engine.simulate(
-            seen.model, found[-1].images, one_hot(named, targets.shape[-1]).to(targets), local
-        )
-        loss.append(engine.cosine(guess, observed).detach())
+        named = torch.tensor(all_labels(found.labels, recovered), device=targets.device)
+        told_so = one_hot(named, targets.shape[-1]).to(targets)
+        loss = solve.misfit(seen, found.images, told_so, update)
+        flags = (found.flag, UNCERTAIN) if coupled(seen.model) else (found.flag,)
+        return solve.Found(found.images, named, loss, flags)
 
-    spent = []
-    for v in range(len(rngs)):
-        observed = {k: t[v] for k, t in update.tensors.items()}
-        spent.append(told + cost.flops(partial(one, observed, v)))
-        progress(v + 1, len(rngs), float(loss[-1]))
-    return Reconstruction(
-        images=torch.stack([f.images for f in found]),
-        labels=torch.stack(labels),
-        loss=torch.stack(loss),
-        steps=torch.zeros(len(rngs), dtype=torch.long),
-        gflop=torch.tensor(spent, dtype=torch.float64),
-        flags=tuple((f.flag, *([UNCERTAIN] if coupled(seen.model) else [])) for f in found),
-    )
+    return solve.each(seen, rngs, progress, one, told)
+
+
+def first_linear(
+    attack: str, model: nn.Module, needs: str = "with bias", holds: bool = True
+) -> tuple[str, nn.Linear]:
+    """The layer that sees the images. Refused unless it is linear, with bias, and `holds`."""
+    name, layer = first_layer(model)
+    if not holds or not isinstance(layer, nn.Linear) or layer.bias is None:
+        rule = f"attack={attack} needs a fully connected first layer {needs} (model=mlp)"
+        raise Refused("model", rule, f"{type(layer).__name__} {name}")
+    return name, layer
+
+
+def pixels(seen: Observation, inputs: Float[Tensor, "n *d"]) -> Float[Tensor, "n c h w"]:
+    """The images that are these inputs of the first layer, once they are normalised."""
+    normalise = seen.model.normalise
+    return inputs.reshape(-1, *seen.shape) * normalise.std + normalise.mean
 
 
 def refuse_steps(attack: str, known: Observation) -> None:

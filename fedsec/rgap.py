@@ -4,8 +4,9 @@ A layer sends z = W x on, and its weights' gradient is K x, where K holds the lo
 (Zhu and Blaschko 2021, section 3). Both are linear in the input x, and both right-hand sides are
 known once the layer above is solved: so x solves the two systems stacked.
 
-It stands apart from attacks/rgap.py because these are three problems: reading a model as a chain of
-layers, the last layer, in which the derivative is unknown too, and the system of each other layer.
+It stands apart from attacks/rgap.py because these are problems of their own: to read a model as a
+chain of layers; the last layer, in which the derivative is unknown too; and the system of each
+other layer.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
 from fedsec.checks import Refused
-from fedsec.cost import flops
+from fedsec.cost import counted, flops
+from fedsec.engine import simulate
 from fedsec.models import Normalise, Shape
-from fedsec.types import Tensors
+from fedsec.types import Local, Tensors
 
 OFF = 1e-6  # of the largest output of a ReLU: below it, the unit was off
 TAIL = 1e-15  # how near a sigmoid's or a tanh's output may come to its limits
@@ -335,3 +337,22 @@ def walk(
         spent += gflop
         x, dz = x.view(size), layer.backward(dz, probe.shape).view(size)
     return Walk(x, "", spent)
+
+
+# ---- what an image explains ---------------------------------------------------------------------
+
+
+def residual(
+    model: nn.Module,
+    images: Float[Tensor, "b c h w"],
+    targets: Float[Tensor, "b k"],
+    scale: float,
+    observed: Tensors,
+) -> tuple[Float[Tensor, ""], float]:
+    """How far the re-computed update is, over the longer one's length, at most 2; and its GFLOP."""
+    gradient = Local(kind="gradient", lr=1.0)
+    again, spent = counted(lambda: simulate(model, images, targets, gradient))
+    pairs = [(scale * again[k].flatten(), observed[k].flatten()) for k in observed]
+    guess, sent = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    length = torch.maximum(guess.norm(), sent.norm()).clamp_min(1e-300)
+    return ((guess - sent).norm() / length).nan_to_num(2.0), spent

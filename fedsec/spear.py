@@ -204,12 +204,14 @@ def agreement(
     return ((hidden <= 0) == silent).double().mean(2)
 
 
-def believed(f: Factors, q: Float[Tensor, "r r"], score: Score) -> Bool[Tensor, " r"]:
-    """The rows of a basis whose inputs are exact.
+def believed(f: Factors, q: Float[Tensor, "c r"], score: Score) -> Bool[Tensor, " c"]:
+    """The rows of a basis whose inputs are exact; of fewer than r directions, none.
 
     They agree, and no row that does not can be a mixture with theirs: a mixture silences what all
     its parts silence, and fewer than r neurons more.
     """
+    if len(q) < f.rank:
+        return q.new_zeros(len(q), dtype=torch.bool)
     agree = score(q[None])[0] >= f.enough
     silent = zeros(f, q).double()
     return agree & (silent[~agree] @ (1 - silent).T >= f.rank).all(0)

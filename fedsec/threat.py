@@ -7,7 +7,7 @@ nothing else, out of exchanges that the harness holds.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,13 +177,21 @@ class Observation:
             return self.local
         return Local(kind="gradient", lr=1.0, batch=self.count)
 
-    def of(self, victims: Sequence[int]) -> Observation:
-        """What is seen of these victims of the stack alone; read there is read here."""
+    def of(self, victims: Sequence[int], facts: Iterable[str] = tuple(FACTS)) -> Observation:
+        """What is seen of these victims of the stack alone, as far as it is among `facts`."""
         rows = list(victims)
-        facts = {k: f if k in SHARED else _rows(f, rows) for k, f in self._facts.items()}
-        part = Observation(self._threat, facts)
-        part.__dict__["_read"] = self._read
-        return part
+        kept = {k: f for k, f in self._facts.items() if k in facts}
+        return self._with({k: f if k in SHARED else _rows(f, rows) for k, f in kept.items()})
+
+    def having(self, **facts: object) -> Observation:
+        """The same with these facts in place of its own."""
+        return self._with(self._facts | facts)
+
+    def _with(self, facts: dict[str, object]) -> Observation:
+        """What is read there is read here."""
+        other = Observation(self._threat, facts)
+        other.__dict__["_read"] = self._read
+        return other
 
     def __getattr__(self, name: str) -> Any:
         if name in self._facts:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from attacks.cocktail import Cocktail, _lengthened
+from attacks.cocktail import Cocktail
 from fedsec.checks import Refused
 from fedsec.data import Photos
 from fedsec.engine import simulate
-from fedsec.ica import cocktail, likelihood, minimised, whitened
+from fedsec.ica import cocktail, lengthened, likelihood, minimised, whitened
 from fedsec.match import match
 from fedsec.metrics import psnr
 from fedsec.models import LeNetSpec, Normalise
@@ -125,7 +125,7 @@ def test_a_constant_image_has_no_edges_and_is_exact_all_the_same(photos):
 
 def test_an_image_of_unknown_length_is_stretched_and_flagged():
     x = torch.tensor([[1.0, 2.0, 3.0, 5.0], [-0.1, 0.1, 0.2, 0.3], [-1.0, -2.0, -3.0, -5.0]])
-    found, believed = _lengthened(
+    found, believed = lengthened(
         x.double(), torch.tensor([0.001, 1.0, -0.001]).double(), Normalise([0.5], [1.0]), (1, 2, 2)
     )
     assert believed == 1
