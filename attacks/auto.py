@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from fedsec import config, engine, priors
+from fedsec import config, engine
 from fedsec.attack import Attack
 from fedsec.checks import positive
-from fedsec.stages import Race, admitted, smooth
-from fedsec.threat import Observation
+from fedsec.stages import Race, admitted, matching, whole
 from fedsec.types import Reconstruction
 
 EXACT = ("linear", "april", "rgap", "spear", "cocktail")  # cheap to dear
-LR, BN = 0.5, 0.3  # of matching: as in attack=inverting; weight of BatchNorm statistics
 LONG = 2000  # steps up to which a longer run gains more than another start does
 
 
@@ -51,7 +49,8 @@ class Auto(Attack):
     def __call__(self, seen, rngs, progress):
         race, suite = Race(seen, rngs, progress, self.budget), _suite()
         mixes = "defense" in seen.grants and seen.defense.mixes
-        for name in () if mixes else (*_exact(seen), "candidates", "lti"):
+        exact = EXACT if whole(seen) else EXACT[:1]  # with noise a row can be read off, no more
+        for name in () if mixes else (*exact, "candidates", "lti"):
             attack = suite[name]
             if admitted(attack, seen):
                 race.run(name, attack, race.able(2 * attack.gflop_at_most(seen)))
@@ -59,7 +58,7 @@ class Auto(Attack):
         solves = "mixing" in seen.grants or admitted(suite["spear"], seen)
         if mixes and solves and admitted(suite["unmix"], seen):  # twice: jointly with labels too
             for share, victims in race.left.items():
-                steps = _steps(race, victims, share / 4)
+                steps = race.steps_of(victims, share / 4)
                 race.run("unmix", replace(suite["unmix"], steps=steps), victims, share / 2)
         for share, victims in race.left.items():
             race.run("match", _matching(race, victims, share), victims, share)
@@ -68,44 +67,14 @@ class Auto(Attack):
 
 def _matching(race: Race, victims: list[int], share: float) -> Callable[..., Reconstruction]:
     """`attack=inverting`, with BatchNorm statistics as well, for `share` of the budget."""
-    steps, targets = _steps(race, victims, share), race.targets[victims]
+    steps, targets = race.steps_of(victims, share), race.targets[victims]
     restarts = max(1, steps // LONG)
 
     def matched(seen, rngs, progress):
-        how = {"steps": steps // restarts, "lr": LR, "restarts": restarts}
-        search = engine.spectral(priors=_priors(seen, how["steps"]), **how)
+        search = replace(matching(seen, steps // restarts), restarts=restarts)
         return engine.match(seen, targets, search, rngs, progress)
 
     return matched
-
-
-def _priors(seen: Observation, steps: int):
-    terms = smooth(seen, steps)
-    # a step in eval mode leaves no trace of its batch in the buffers
-    if "buffers" in seen.grants and "mode" in seen.grants and seen.mode == "train":
-        same = priors.same_statistics(seen, "inferred")
-        terms = (*terms, (BN, same)) if same else terms
-    return terms
-
-
-def _steps(race: Race, victims: list[int], share: float) -> int:
-    """Of matching, with `share` of the budget; the last look costs one."""
-    seen, targets = race.seen.of(victims), race.targets[victims]
-    search = engine.spectral(steps=1, lr=LR, priors=_priors(seen, 1))
-    return max(1, int(share * race.budget / engine.step_gflop(seen, targets, search)) - 1)
-
-
-def _exact(seen: Observation) -> tuple[str, ...]:
-    """Those that make sense: a row can be read off with noise, equations cannot be solved."""
-    return EXACT if _whole(seen) else EXACT[:1]
-
-
-def _whole(seen: Observation) -> bool:
-    """Whether, as far as is known, all the update's entries were sent, unrounded, without noise."""
-    if "defense" not in seen.grants:
-        return True
-    update, defense = seen.sent, seen.defense
-    return not defense.rounds and defense.mask(update) is None and not any(defense.noise(seen.step))
 
 
 @cache

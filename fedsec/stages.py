@@ -27,6 +27,7 @@ from fedsec.threat import Observation
 from fedsec.types import Reconstruction, Stage, Tensors
 
 Attacking = Callable[..., Reconstruction]  # as an Attack is called
+LR, BN = 0.5, 0.3  # of matching: as in attack=inverting; weight of BatchNorm statistics
 TV, STEPS = 0.003, 300  # last weight of smoothness for so many steps; more find finer detail
 EXACT = 1e-5  # squared error over the update's square, up to which it counts as explained
 CHANCE = 48.0  # nats for each image that fitting noise may gain: 3 channels of 4 x 4 coarse pixels
@@ -68,6 +69,24 @@ def smooth(
     noise = priors.smooth(seen, 0.0)[1:]
     fade = engine.Fade(priors.FADE, 1.0)
     return (fade, engine.Informed(weighed, {"weight": weight})), *noise
+
+
+def matching(seen: Observation, steps: int) -> engine.Search:
+    """`attack=inverting`, smooth as above, and with BatchNorm statistics where they are sent."""
+    terms = smooth(seen, steps)
+    # a step in eval mode leaves no trace of its batch in the buffers
+    if "buffers" in seen.grants and "mode" in seen.grants and seen.mode == "train":
+        same = priors.same_statistics(seen, "inferred")
+        terms = (*terms, (BN, same)) if same else terms
+    return engine.spectral(steps=steps, lr=LR, priors=terms)
+
+
+def whole(seen: Observation) -> bool:
+    """Whether, as far as is known, all the update's entries were sent, unrounded, without noise."""
+    if "defense" not in seen.grants:
+        return True
+    update, defense = seen.sent, seen.defense
+    return not defense.rounds and defense.mask(update) is None and not any(defense.noise(seen.step))
 
 
 @dataclass
@@ -132,6 +151,12 @@ class Race:
             share = int(PARTS * (1 - float(self.spent[v]) / self.budget)) / PARTS
             found.setdefault(share, []).append(v)
         return found
+
+    def steps_of(self, victims: Sequence[int], share: float) -> int:
+        """Of matching, with `share` of these victims' budget; the last look costs one."""
+        seen, targets = self.seen.of(victims), self.targets[list(victims)]
+        step = engine.step_gflop(seen, targets, matching(seen, 1))
+        return max(1, int(share * self.budget / step) - 1)
 
     def run(
         self, name: str, attack: Attacking, victims: Sequence[int], share: float = 0.02
