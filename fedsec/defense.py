@@ -224,10 +224,13 @@ def _changes(part: Defense) -> bool:
     return type(part).expected is not Defense.expected and type(part).mask is Defense.mask
 
 
+def parts(defense: Defense) -> Sequence[Defense]:
+    return defense.parts if isinstance(defense, Compose) else (defense,)
+
+
 def clips(defense: Defense) -> bool:
     """Whether the defense changes examples' gradients before they are summed."""
-    parts = defense.parts if isinstance(defense, Compose) else (defense,)
-    return any(type(part).per_example is not Defense.per_example for part in parts)
+    return any(type(part).per_example is not Defense.per_example for part in parts(defense))
 
 
 def matched(defense: Defense, local: Local, directions: bool = False) -> Defense | None:

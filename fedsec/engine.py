@@ -323,7 +323,7 @@ def match(
     progress(search.steps, search.steps, float(best[best.isfinite()].mean()))
     found = lanes.reconstruction(best, best_x, moves, looks, lost)
     if isinstance(objective, Recorded) and objective.trouble:
-        found = replace(found, flags=tuple((*f, objective.trouble) for f in found.flags))
+        found = found.saying(objective.trouble)
     return replace(found, gflop=found.gflop + spent)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -116,3 +116,7 @@ class Reconstruction:
     gflop: Float[Tensor, " v"]  # arithmetic spent on each victim, counted
     flags: tuple[tuple[str, ...], ...] = field(default=())  # plain words, one tuple for each victim
     stages: tuple[Stage, ...] = ()  # where an attack runs several others: each, in order
+
+    def saying(self, word: str) -> Reconstruction:
+        """The same with a flag more for every victim."""
+        return replace(self, flags=tuple((*flags, word) for flags in self.flags))

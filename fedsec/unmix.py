@@ -4,13 +4,15 @@ n encodings [n c h w] of n sources, by weights W [n n] whose rows sum to one. Wi
 images are a linear system (`sources`); random signs leave 2^n solutions for each pixel, among which
 smoothness chooses (`unsigned`): but for a negative of all sources at once, which is as smooth. W is
 told by mixed labels, if all sources have classes of their own (`told`), or by the encodings, since
-edges of photographs are sparse and independent (`separated`). A module apart, since it is
-mathematics of images that knows of no update.
+edges of photographs are sparse and independent (`separated`). The last part is about updates: what
+they tell of encodings, and of what was mixed. attacks/unmix.py puts these together.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -18,9 +20,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fedsec import ica
+from fedsec import cost, ica, solve
+from fedsec.attack import Attack
+from fedsec.defense import Defense, parts
 from fedsec.models import last_linear
-from fedsec.types import Local, Tensors
+from fedsec.stages import admitted
+from fedsec.threat import Observation
+from fedsec.types import Local, Reconstruction, Tensors
 
 STARTS = 3  # random rotations that the separation begins with
 STEPS = 300  # of L-BFGS, for each; about 50 suffice
@@ -31,6 +37,9 @@ OUTSIDE = 10.0  # of a unit outside the box
 SWEEPS = 30  # over all pixels, at most, after growing
 FLAT = 1e-6  # determinant of weights up to which they do not tell sources apart
 MOST = 10  # encodings whose 2^n sign patterns are solved for
+STUCK = 0.1  # misfit of a match with labels, above which recovered ones are tried
+CERTAIN = 1e-4  # misfit of the re-computed update up to which encodings are exact
+REST = 0.02  # of re-mixed sources from the encodings, up to which decoded ones do; of [0, 1]
 
 
 def separated(encodings: Float[Tensor, "n c h w"], rng: torch.Generator) -> Float[Tensor, "n n"]:
@@ -151,6 +160,93 @@ def _grown(
     return each[rows, chosen], float(whole + outside[rows, chosen].sum()) / 2, visits
 
 
+def decoded(
+    found: Reconstruction,
+    weights: Float[Tensor, "n n"],
+    magnitude: Callable[[Tensor], Tensor] | None,
+    starts: int,
+) -> Reconstruction:
+    """Sources of the encodings `found`, if re-mixed they are those again.
+
+    `magnitude` is what random signs leave of an encoding; None: there are none.
+    """
+    encodings = found.images[0]
+    if magnitude and len(encodings) > MOST:
+        return found.saying(f"unmix: signs of more than {MOST} encodings are too many")
+    if magnitude:
+        images, gflop = unsigned(magnitude(encodings), weights, starts)
+    else:
+        images, gflop = cost.counted(lambda: sources(encodings, weights))
+    found = replace(found, gflop=found.gflop + gflop)
+    again = (weights.to(images) @ images.flatten(1)).view_as(images)
+    gap = magnitude(again) - magnitude(encodings) if magnitude else again - encodings
+    rest = gap.square().mean().sqrt()
+    if not rest <= REST:
+        return found.saying("unmix: re-mixed sources are not the encodings, which are shown")
+    found = replace(found, images=images[None], loss=found.loss + rest)
+    both = "unmix: images and their negatives fit alike; the likelier are shown"
+    return found.saying(both) if magnitude else found
+
+
+# ---- what an update tells -----------------------------------------------------------------------
+
+
+def mixer(defense: Defense, *kinds: type) -> Defense | None:
+    """The one part that mixes, if it is of these kinds."""
+    mixing = [part for part in parts(defense) if part.mixes]
+    return mixing[0] if len(mixing) == 1 and isinstance(mixing[0], kinds) else None
+
+
+def several(seen: Observation) -> bool:
+    """Whether the update is of more than one mix of the whole batch."""
+    local = seen.step
+    part = local.kind == "fedavg" and 0 < local.batch < seen.count
+    return part or local.steps > 1
+
+
+def weights(seen: Observation, mixed: Float[Tensor, "n k"] | None) -> Float[Tensor, "n n"] | None:
+    """W as it is granted, with the labels, or as `mixed` labels tell it; None: nothing does."""
+    if several(seen):
+        return None
+    if {"mixing", "labels"} <= set(seen.grants):
+        return seen.mixing[0]
+    return None if mixed is None else told(mixed)
+
+
+def classes(weights: Float[Tensor, "n n"], mixed: Float[Tensor, "n k"]) -> Int[Tensor, "1 n"]:
+    """Of the sources."""
+    sources = torch.linalg.pinv(weights.double()) @ mixed.double()
+    return sources.argmax(-1)[None]
+
+
+def exact(
+    solver: Attack, seen: Observation, rng: torch.Generator, known: Float[Tensor, "1 n k"] | None
+) -> tuple[Reconstruction | None, Float[Tensor, "n k"] | None]:
+    """One victim's encodings as `solver` has them, with their mixed labels.
+
+    Without labels where re-computing the update does not confirm them. In the order of the labels
+    `known`, where there are any.
+    """
+    if not admitted(solver, seen):
+        return None, None
+    found = solver(seen, [rng], lambda *_: None)
+    sent = {k: t[0] for k, t in seen.update.tensors.items()}
+
+    def tell() -> tuple[Tensor, Tensor]:
+        mixed = mixed_labels(seen.model, found.images[0], sent, seen.step)
+        return mixed, solve.misfit(seen, found.images[0], mixed, sent)
+
+    (mixed, misfit), gflop = cost.counted(tell)
+    found = replace(found, gflop=found.gflop + gflop)
+    if found.flags[0] or not misfit <= CERTAIN:
+        return found, None
+    found = replace(found, loss=misfit[None])
+    if known is None:
+        return found, mixed
+    order = paired(mixed, known[0])
+    return replace(found, images=found.images[:, order]), mixed[order]
+
+
 def mixed_labels(
     model: nn.Module, encodings: Float[Tensor, "n c h w"], sent: Tensors, local: Local
 ) -> Float[Tensor, "n k"]:
@@ -193,3 +289,29 @@ class Through(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Tensor:
         whole = len(x) == len(self.weights)  # an engine asks for the classes with two
         return self.model((self.weights @ x.flatten(1)).view_as(x) if whole else x)
+
+
+def matched(
+    match: Callable[[Float[Tensor, "1 n k"] | None], Reconstruction],
+    known: Float[Tensor, "1 n k"] | None,
+    hard: Float[Tensor, "1 n k"],
+    mixes: bool,
+) -> Reconstruction:
+    """Encodings by `match` with labels that are known, else jointly with mixed ones if it `mixes`.
+
+    Where that gets stuck, with `hard` labels.
+    """
+    start = known if known is not None or mixes else hard
+    found = match(start)
+    if start is not None or found.loss <= STUCK:
+        return found
+    other = match(hard)
+    best = other if other.loss < found.loss else found
+    return replace(best, gflop=found.gflop + other.gflop, steps=found.steps + other.steps)
+
+
+def through(seen: Observation, weights: Float[Tensor, "n n"]) -> Observation:
+    """The same of a model that mixes before it looks: its images are the sources."""
+    tensors = {f"model.{k}": t for k, t in seen.update.tensors.items()}
+    update = replace(seen.update, tensors=tensors)
+    return seen.having(update=update, model=Through(seen.model, weights))

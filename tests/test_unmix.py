@@ -209,6 +209,18 @@ def test_two_defenses_that_mix_are_not_solved(photos):
     assert "no mixing that it can solve" in ATTACK(seen, rngs(1), nothing).flags[0][0]
 
 
+def test_facts_count_as_read_only_where_they_are_used(photos):
+    """Exact encodings need no data range, images that nobody mixed no weights."""
+    for defense, spec, unread in (
+        (MIXUP, None, ("data_range",)),
+        (Defense(), LeNetSpec(), ("mixing",)),
+        (MIXUP, LeNetSpec(), ()),
+    ):
+        seen, _ = sent(photos, defense, spec, grants=UPPER)
+        ATTACK(seen, rngs(1), nothing)
+        assert seen.unread == unread
+
+
 def test_a_victims_result_does_not_depend_on_who_else_is_there(photos):
     grants = (*SERVER, "labels")
     both, _ = sent(photos, MIXUP, LeNetSpec(), victims=2, grants=grants)
