@@ -16,6 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+import attacks
 from fedsec import config
 from fedsec.attack import crafted
 from fedsec.checks import Refused
@@ -288,6 +289,14 @@ def test_every_data_set_runs(ran, tmp_path, unchecked, name):
 
 
 # ---------------------------------------------------------------- the contract of attacks
+
+
+def test_every_attack_reads_on_one_screen():
+    files = {p.stem: p for p in Path(attacks.__file__).parent.glob("*.py")}
+    used = {preset("attack", name).__module__ for name in options("attack")}
+    assert used <= {f"attacks.{stem}" for stem in files}, "all were found"
+    lines = {stem: len(path.read_text().splitlines()) for stem, path in files.items()}
+    assert {stem: n for stem, n in lines.items() if n > 100} == {}
 
 
 SHAPE, CLASSES_OF = (3, 16, 16), 4
