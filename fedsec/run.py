@@ -49,6 +49,7 @@ SHOWN = ("job", "hydra", "all")
 VALUED = {"--cfg": SHOWN, "-c": SHOWN, "--config-dir": None, "-cd": None}  # None: a folder
 PATHS = re.compile(r"^(\+{0,2}(?:out|data\.path|data\.root|model\.weights))=(.*)$", re.DOTALL)
 OWN = "command-line"  # how Hydra calls the source of the options in --config-dir
+ONCE = "hydra.mode=RUN"  # a sweep's file, but not its sweep
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
@@ -132,7 +133,11 @@ def _run(cfg: DictConfig) -> int:
     if several:
         folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
     own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
-    given = [word for word in chosen.overrides.task if not word.startswith("sweep=")]  # one cell
+    given = list(chosen.overrides.task)
+    if several:  # this cell alone
+        given = [word for word in given if not word.startswith("out=")]
+        given.append(f"out={_quoted(str(folder), False)}")
+    given += [ONCE] * any(word.startswith("sweep=") for word in given)  # it may set other keys too
     command = shlex.join(["python", "-m", "fedsec.run", *given, *own])
     plan = None
     while True:
@@ -215,9 +220,8 @@ def prepared(words: list[str]) -> list[str]:
     """
     out: list[str] = []
     values, options = _parted(words)
-    sweeps = bool({"-m", "--multirun"} & set(options)) or any(
-        word.startswith("sweep=") for word in values
-    )
+    named = any(word.startswith("sweep=") for word in values) and ONCE not in values
+    sweeps = named or bool({"-m", "--multirun"} & set(options))
     for word in values:
         path = PATHS.match(word)
         if path:

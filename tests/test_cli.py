@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -361,9 +362,44 @@ def test_a_named_sweep_runs_its_cells_with_the_overrides_of_the_command_line(go,
     cells = sorted(p for p in (tmp_path / "out").iterdir() if p.is_dir())
     threats = [[row["threat"] for row in tiny.rows(cell)] for cell in cells]
     assert threats == [["honest_server"] * 2, ["known_labels"] * 2]
-    command = tiny.whole(cells[1])["command"]  # of this cell alone
+    command = shlex.split(tiny.whole(cells[1])["command"])  # of this cell alone
     assert "assumption=labels_known" in command
-    assert "sweep=" not in command
+    assert f"out={cells[1]}" in command
+
+
+@pytest.mark.parametrize("how", ["named", "typed"])
+def test_a_cells_command_runs_just_that_cell_again(go, tmp_path, monkeypatch, how):
+    """A sweep's file may set more than what it sweeps over, and choose options."""
+    (tmp_path / "mine/sweep").mkdir(parents=True)
+    (tmp_path / "mine/sweep/theirs.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /defense: prune\n"
+        "images: 2\ndefense:\n  ratio: 0.3\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n      seed: 3,4\n"
+    )
+    words = ("--config-dir", "mine", "sweep=theirs") if how == "named" else ("-m", "seed=3,4")
+    path = tmp_path / "mine" / "it's, tiny.npz"
+    tiny.npz(tmp_path).rename(path)
+    small = [w for w in tiny.words(tmp_path, "data=npz") if not w.startswith(("images=", "data="))]
+    line = [*small, "data=npz", f"data.path={path}", *words]
+    assert tiny.call(monkeypatch, line) == 0
+    cells = sorted(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    kept = [(tiny.numbers(cell), tiny.whole(cell), (cell / "config.yaml").read_text())
+            for cell in cells]  # fmt: skip
+    assert [run["command"].count("seed=") for _, run, _ in kept] == [1, 1]
+    assert kept[0][0] != kept[1][0]
+    shutil.rmtree(tmp_path / "out")
+    for cell, (numbers, run, _) in zip(cells, kept, strict=True):
+        python, dash, module, *again = shlex.split(run["command"])
+        assert [python, dash, module] == ["python", "-m", "fedsec.run"]
+        assert tiny.call(monkeypatch, again) == 0
+        assert tiny.numbers(cell) == numbers
+        assert {row["defense"] for row in tiny.rows(cell)} >= (
+            {"prune"} if how == "named" else {"none"}
+        )
+        assert len({row["image"] for row in tiny.rows(cell)}) == (2 if how == "named" else 8)
+        assert tiny.whole(cell)["command"] == run["command"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {cell.name for cell in cells}
 
 
 def test_each_assumption_is_a_run_that_changes_one_thing():
