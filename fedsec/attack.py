@@ -46,6 +46,7 @@ class Attack:
     """
 
     needs: ClassVar[frozenset[str]]  # facts; "update|aggregate" means either
+    labels = "auto"  # how withheld ones are recovered; some attacks have a field of this name
 
     @property
     def evaluations(self) -> int:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsec import cost, match, metrics, process, records, report, resume
+from fedsec import cost, labels, match, metrics, process, records, report, resume
 from fedsec.attack import Attack, Told, crafted
 from fedsec.checks import Refused, require
-from fedsec.client import schedule
+from fedsec.client import draw, schedule
 from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
@@ -77,6 +77,9 @@ def plan(
     held = shares(dataset, job.federation, values.clients, values.seed)
     probes = () if values.victim_batch == "same" else _probes(settings, held)
     check(job_of(settings, device, probes, settings.defense))
+    if "labels" not in settings.threat.grants:
+        for _, defense in defenses:
+            labels.fits(attack.labels, _most(settings, held, defense), dataset.classes)
     rng = stream(values.seed, "model")
     model = settings.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
     attack.check(model)
@@ -682,6 +685,19 @@ def _probes(settings: Settings, held: list[Tensor]) -> tuple[tuple[int, tuple[in
             raise Refused("images", f"the clients hold {most} in batches of {size}", values.images)
         probes.append((client, tuple(chosen)))
     return tuple(probes)
+
+
+def _most(settings: Settings, held: list[Tensor], defense: Defense) -> int:
+    """Images behind the largest update that may be attacked."""
+    values = settings.values
+    joint = sum if settings.threat.sums_only else max
+    if isinstance(values.victim_batch, int):
+        return joint([values.victim_batch] * values.clients)
+    drawn = (
+        [draw(settings.client, h, r, c, values.seed, defense) for c, h in enumerate(held)]
+        for r in values.attack_rounds
+    )
+    return max(joint(sum(map(len, steps)) for steps in clients) for clients in drawn)
 
 
 def _encodable(settings: Settings, dataset: Dataset, held, probes, defense: Defense) -> None:

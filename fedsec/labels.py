@@ -64,6 +64,14 @@ def known(method: str) -> None:
     require(method in names, "labels", f"must be among {', '.join(names)}", method)
 
 
+def fits(method: str, count: int, classes: int) -> None:
+    """Refuse a method that cannot tell so many labels."""
+    rule = "idlg tells one image's label; auto serves batches"
+    require(method != "idlg" or count == 1, "attack.labels", rule, count)
+    rule = f"yin finds different labels, at most {classes} here; auto serves larger batches"
+    require(method != "yin" or count <= classes, "attack.labels", rule, count)
+
+
 def _chosen(method: str, count: int) -> str:
     """auto: exact for one image; above it the method that was never far from the best measured."""
     if method != "auto":
@@ -208,7 +216,7 @@ def idlg(gradient: Float[Tensor, " k"], count: int = 1) -> Int[Tensor, " b"]:
 
     Exact for one image and an undefended update; under noise the least entry is the best guess.
     """
-    require(count == 1, "attack.labels", "idlg tells one image's label; auto serves batches", count)
+    fits("idlg", count, len(gradient))
     return gradient.argmin()[None]
 
 
@@ -217,8 +225,7 @@ def yin(rows: Float[Tensor, "k d"], count: int) -> Int[Tensor, " b"]:
 
     For inputs of the last layer that are not negative, as after a ReLU. No label comes twice.
     """
-    rule = f"yin finds different labels, at most {len(rows)} here; auto serves larger batches"
-    require(count <= len(rows), "attack.labels", rule, count)
+    fits("yin", count, len(rows))
     return rows.amin(1).argsort(stable=True)[:count].sort().values
 
 
