@@ -245,6 +245,14 @@ class _Run:
                 self._record(name, attack, victim)
                 victim += images
                 stage.skip(victim)
+            local = self.settings.client.local
+            uneven = defense.poisson and job.keep_training and local.kind == "fedavg"
+            if uneven and "local" in self.settings.threat.grants and "local" not in self.unread:
+                self.flags.append(
+                    f"{name}: the attack took each local step for one of {local.batch} images "
+                    "(client.batch), but Poisson sampling drew more or fewer, which the mechanism "
+                    "keeps private; the update may give away more than is shown [uneven-steps]"
+                )
             if self.state.trouble and self.state.trouble not in self.flags:
                 self.flags.append(self.state.trouble)
             seconds = self.attack_seconds[name] / max(1, total)

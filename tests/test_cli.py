@@ -182,6 +182,23 @@ def test_attacking_the_training_exchanges(go, tmp_path):
     assert len({row["image"] for row in rows}) == 16
 
 
+@pytest.mark.parametrize(
+    ("words", "flagged"),
+    [
+        (("victim_batch=same",), True),
+        (("victim_batch=same", "threat=eavesdropper"), False),  # local steps are not known of
+        (("victim_batch=same", "client=gradient"), False),
+        (("victim_batch=2",), False),
+    ],
+)
+def test_local_steps_that_poisson_sampling_makes_uneven_are_flagged(go, tmp_path, words, flagged):
+    client = () if "client=gradient" in words else ("client=fedavg", "client.steps=2")
+    assert go("defense=dpsgd", "control=false", *client, *words)[0] == 0
+    flags = [f for f in tiny.whole(tmp_path / "out")["flags"] if "[uneven-steps]" in f]
+    assert bool(flags) == flagged
+    assert all(f.startswith("dpsgd: the attack took each local step for one of") for f in flags)
+
+
 def test_secure_aggregation_attacks_the_sum(go, tmp_path):
     assert go("threat=secure_aggregation", "victim_batch=2", "images=8")[0] == 0
     rows = tiny.rows(tmp_path / "out")
