@@ -11,24 +11,19 @@ from fedsec.client import mean_gradient
 from fedsec.data import Dataset
 from fedsec.models import ViTSpec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Batch, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Batch
+from fedsec.verify.claim import Claim, fresh, sent
 
 IMAGES = 8
 
 
 def worst(dataset: Dataset, *, through: str, encoder: str, dtype: torch.dtype) -> float:
     """Least PSNR, in dB without a cap, over test images that were attacked one by one."""
-    rng = stream(0, "verify", "april")
-    spec = ViTSpec(encoder=encoder)
-    model = spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng).to(dtype)
+    model = fresh(ViTSpec(encoder=encoder), dataset, stream(0, "verify", "april"), dtype)
     batch = dataset.test.batch(range(IMAGES), dataset.classes)
     images, targets = batch.images.to(dtype), batch.targets.to(dtype)
-    sent = [mean_gradient(model, Batch(images[i, None], targets[i, None])) for i in range(IMAGES)]
-    update = Update({k: torch.stack([u[k] for u in sent]) for k in sent[0]}, {}, 1)
-    known: dict[str, object] = {"count": 1, "shape": dataset.shape, "update": update}
-    seen = Observation("eavesdropper", known | {"model": model.requires_grad_(False)})
+    each = [Batch(images[i, None], targets[i, None]) for i in range(IMAGES)]
+    seen = sent(model, [mean_gradient(model, one) for one in each], 1, dataset)
     rngs = [stream(0, "attack", v) for v in range(IMAGES)]
     found = April(through=through)(seen, rngs, lambda *_: None)
     return float(metrics.psnr(found.images[:, 0], images, cap=torch.inf).min())

@@ -11,9 +11,8 @@ from fedsec.data import Dataset
 from fedsec.defense import Defense
 from fedsec.models import LeNetSpec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Local, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Local
+from fedsec.verify.claim import Claim, fresh, sent
 
 
 def right(dataset: Dataset, *, pool: int, victims: int, sigma: float | None) -> float:
@@ -21,8 +20,7 @@ def right(dataset: Dataset, *, pool: int, victims: int, sigma: float | None) -> 
     clipped = DPSGD(clip=1.0, noise_multiplier=sigma or 0.0, delta=1e-5)
     defense = Defense() if sigma is None else clipped
     rng, local = stream(0, "verify", "candidates", pool), Local("gradient", 1.0, 1, 1)
-    mean, std = dataset.mean, dataset.std
-    model = LeNetSpec().build(dataset.shape, dataset.classes, mean, std, rng)
+    model = fresh(LeNetSpec(), dataset, rng)
     hits = 0
     for v in range(victims):
         picked = torch.randperm(len(dataset.train), generator=rng)[:pool]
@@ -31,11 +29,9 @@ def right(dataset: Dataset, *, pool: int, victims: int, sigma: float | None) -> 
         batch = dataset.train.batch(picked[[private]], dataset.classes)
         streams = client_streams(0, v, 0, "verify")
         update, _ = local_update(model, [batch], defense, local, streams, 1)
-        sent = Update({k: t[None] for k, t in update.tensors.items()}, {}, 1)
-        known: dict[str, object] = {"model": model, "update": sent, "local": local, "count": 1}
-        known |= {"shape": dataset.shape, "defense": defense, "candidates": images[None]}
-        attack = Candidates(classes=10)
-        found = attack(Observation("informed", known), [stream(0, "attack", v)], lambda *_: None)
+        known = {"local": local, "defense": defense, "candidates": images[None]}
+        seen = sent(model, [update.tensors], 1, dataset, **known)
+        found = Candidates(classes=10)(seen, [stream(0, "attack", v)], lambda *_: None)
         hits += torch.equal(found.images[0, 0], images[private])
     return hits / victims
 

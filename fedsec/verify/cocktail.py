@@ -11,27 +11,18 @@ from fedsec.data import Dataset
 from fedsec.models import MLPSpec
 from fedsec.rng import stream
 from fedsec.threat import Observation
-from fedsec.types import Local, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Local
+from fedsec.verify.claim import Claim, fresh, sent
 
 
 def mixed(images: Dataset, count: int, first: int = 0) -> tuple[Observation, Tensor]:
     """What is seen of one gradient of the first layer's 1,024 neurons, and the private images."""
     from fedsec.engine import simulate
 
-    model = MLPSpec().build(
-        images.shape, images.classes, images.mean, images.std, stream(0, "model")
-    )
-    model.requires_grad_(False)
+    model = fresh(MLPSpec(), images)
     batch = images.test.batch(range(first, first + count), images.classes)
     update = simulate(model, batch.images, batch.targets, Local(kind="gradient", lr=1.0))
-    facts = {
-        "model": model,
-        "update": Update({k: t[None] for k, t in update.items()}, {}, count),
-        "count": count,
-        "shape": images.shape,
-    }
-    return Observation("eavesdropper", facts), batch.images
+    return sent(model, [update], count, images), batch.images
 
 
 def told_apart(

@@ -9,16 +9,11 @@ from fedsec.data import Dataset
 from fedsec.models import LeNetSpec, last_linear
 from fedsec.rng import stream
 from fedsec.types import Local
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh
 from fedsec.verify.imprint import apart, drawn, probed
 
 QUERIES, IMAGES = 16, 8
 POOL = 1000  # training images whose quantiles are known, and that batches are drawn from
-
-
-def _model(images: Dataset):
-    spec = LeNetSpec()
-    return spec.build(images.shape, images.classes, images.mean, images.std, stream(0, "model"))
 
 
 def _caught(images: Dataset, number: int):
@@ -28,7 +23,7 @@ def _caught(images: Dataset, number: int):
     attack = Fishing(queries=QUERIES, steps=1, lr=0.5, tv=0.003)
     known = images.train.batch(range(POOL), images.classes)
     batch = drawn(images, IMAGES, number, POOL)
-    seen = probed(attack, _model(images), batch, known)
+    seen = probed(attack, fresh(LeNetSpec(), images), batch, known)
     fishing = int(last_linear(seen.model)[1].weight.abs().sum(1).argmax())
     return batch, seen.model, fishing, cuts.caught(seen, 0, fishing)
 
@@ -57,7 +52,9 @@ def seen_of(images: Dataset, count: int) -> float:
 
     attack = Fishing(queries=QUERIES, steps=300, lr=0.5, tv=0.003)
     batch = drawn(images, count, 0)
-    found = attack(probed(attack, _model(images), batch), [stream(0, "attack")], lambda *_: None)
+    found = attack(
+        probed(attack, fresh(LeNetSpec(), images), batch), [stream(0, "attack")], lambda *_: None
+    )
     number = int(found.flags[0][0].split()[0])
     return float(apart(found.images[0][:number], batch.images).amax(1).mean())
 

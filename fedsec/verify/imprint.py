@@ -13,7 +13,7 @@ from fedsec.models import LeNetSpec
 from fedsec.rng import stream
 from fedsec.threat import Observation, ThreatModel
 from fedsec.types import Batch, Exchange, Local, Update
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh
 
 EXACT = 60.0  # dB, above which an image counts as found
 SERVER = ("model", "update", "queries", "count", "shape", "data_range", "mode")
@@ -54,9 +54,7 @@ def exact(images: Dataset, draws: int) -> tuple[float, float]:
     from attacks.imprint import Imprint
 
     attack = Imprint(bins=128)
-    model = LeNetSpec().build(
-        images.shape, images.classes, images.mean, images.std, stream(0, "model")
-    )
+    model = fresh(LeNetSpec(), images)
     known = images.train.batch(range(len(images.train)), images.classes)  # the very distribution
     shares, worst = [], 200.0
     for number in range(draws):

@@ -12,9 +12,8 @@ from fedsec.client import mean_gradient
 from fedsec.data import Dataset
 from fedsec.models import LeNetSpec, ModelSpec, ResNetSpec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Local, Tensors, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Local
+from fedsec.verify.claim import Claim, fresh, sent
 
 LONG = Local(kind="fedavg", lr=0.01, steps=20, batch=32)
 
@@ -43,17 +42,15 @@ def measured(
     found, truth = [], []
     for v in range(victims):
         rng = stream(0, "verify", "labels", v)
-        model = spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+        model = fresh(spec, dataset, rng)
         chosen = torch.randint(len(dataset.test), (count,), generator=rng)
         batch = dataset.test.batch(chosen, dataset.classes)
         if local is None:
-            sent: Tensors = mean_gradient(model, batch)
+            update, known = mean_gradient(model, batch), {}
         else:
-            sent = engine.simulate(model, batch.images, batch.targets, local)
-        update = Update({k: t.detach()[None] for k, t in sent.items()}, {}, count)
-        known = {"model": model, "update": update, "count": count, "shape": dataset.shape}
-        known |= {} if local is None else {"local": local}
-        found.append(labels.recover(Observation("honest_server", known), method))
+            update = engine.simulate(model, batch.images, batch.targets, local)
+            known = {"local": local}
+        found.append(labels.recover(sent(model, [update], count, dataset, **known), method))
         truth.append(batch.labels.sort().values[None])
     return instance_accuracy(torch.cat(found), torch.cat(truth))
 

@@ -11,9 +11,8 @@ from fedsec.data import Dataset
 from fedsec.defense import Defense
 from fedsec.models import LeNetSpec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Local, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Local
+from fedsec.verify.claim import Claim, fresh, sent
 
 
 def psnr(dataset: Dataset, *, defense: Defense, told: bool, victims: int = 16) -> tuple[list, list]:
@@ -21,25 +20,22 @@ def psnr(dataset: Dataset, *, defense: Defense, told: bool, victims: int = 16) -
     from attacks.lti import LTI
 
     rng, local = stream(0, "verify", "lti"), Local("gradient", 1.0, 1, 1)
-    mean, std = dataset.mean, dataset.std
-    model = LeNetSpec().build(dataset.shape, dataset.classes, mean, std, rng)
+    model = fresh(LeNetSpec(), dataset, rng)
     picked = torch.randperm(len(dataset.train), generator=rng)
     batch = dataset.train.batch(picked[:victims], dataset.classes)
-    sent = []
+    updates = []
     for v in range(victims):
         one = dataset.train.batch(picked[[v]], dataset.classes)
         streams = client_streams(0, v, 0, "verify")
-        sent.append(local_update(model, [one], defense, local, streams, 1)[0].tensors)
-    update = Update({k: torch.stack([s[k] for s in sent]) for k in sent[0]}, {}, 1)
+        updates.append(local_update(model, [one], defense, local, streams, 1)[0].tensors)
     public = torch.randperm(len(dataset.test), generator=rng)[:1000]
     aux = dataset.test.batch(public, dataset.classes)
-    known: dict[str, object] = {"model": model, "update": update, "count": 1, "local": local}
-    known |= {"shape": dataset.shape, "aux": aux} | ({"defense": defense} if told else {})
+    known = {"local": local, "aux": aux} | ({"defense": defense} if told else {})
     attack = LTI(
         updates=1000, shift=4, mirror=True, features=512, width=512, steps=500, batch=64, lr=1e-3
     )
     rngs = [stream(0, "attack", v) for v in range(victims)]
-    found = attack(Observation("informed", known), rngs, lambda *_: None)
+    found = attack(sent(model, updates, 1, dataset, **known), rngs, lambda *_: None)
     others = dataset.train.batch(picked[victims : victims + 500], dataset.classes).images
     nulls = [match.nulls(x[None], dataset.mean_image, others, rng) for x in batch.images]
     reached = metrics.psnr(found.images[:, 0], batch.images).tolist()

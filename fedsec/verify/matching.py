@@ -21,7 +21,7 @@ from fedsec.models import LeNetSpec, MLPSpec, ModelSpec, ResNetSpec, norm_stats
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel
 from fedsec.types import Batch, Exchange, Reconstruction, Stage
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh
 
 PLAIN = LeNetSpec(mean=(0.0,) * 3, std=(1.0,) * 3)  # images as they are, as in DLG's own code
 
@@ -44,8 +44,7 @@ def victims_of(
 ) -> list[Exchange]:
     """Updates that clients sent of victims x count test images; of a fresh model, or of `model`."""
     client = client or Gradient(lr=0.1, batch=count)
-    rng = stream(0, "verify", "model")
-    model = model or spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+    model = model or fresh(spec, dataset, stream(0, "verify", "model"))
     exchanges = []
     for v in range(victims):
         # neighbours look alike

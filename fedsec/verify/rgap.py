@@ -11,26 +11,21 @@ from fedsec.cost import Clock, loaded
 from fedsec.data import Dataset
 from fedsec.models import CNN6Spec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Update
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh, sent
 
 IMAGES = 5
 
 
 def attacked(dataset: Dataset) -> dict[str, float]:
     """Of test images attacked one by one, the worst: dB without a cap, seconds, and megabytes."""
-    spec, rng = CNN6Spec(), stream(0, "verify", "rgap")
-    model = spec.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+    model = fresh(CNN6Spec(), dataset, stream(0, "verify", "rgap"))
     batches = [dataset.test.batch([i], dataset.classes) for i in range(IMAGES)]
     updates = [mean_gradient(model, batch) for batch in batches]
-    known = {"model": model.requires_grad_(False), "count": 1, "shape": dataset.shape}
     attack = RGAP(weight=0.1, iterations=3000, residual=0.1)
     decibels, seconds, megabytes = [], [], []
     loaded()
-    for i, (batch, sent) in enumerate(zip(batches, updates, strict=True)):
-        update = Update({k: t[None] for k, t in sent.items()}, {}, 1)
-        seen = Observation("eavesdropper", {**known, "update": update})
+    for i, (batch, update) in enumerate(zip(batches, updates, strict=True)):
+        seen = sent(model, [update], 1, dataset)
         with Clock() as clock:
             found = attack(seen, [stream(0, "attack", i)], lambda *_: None)
         decibels.append(float(metrics.psnr(found.images[0], batch.images, cap=torch.inf)))

@@ -11,9 +11,8 @@ from fedsec.data import Dataset
 from fedsec.match import match
 from fedsec.models import MLPSpec
 from fedsec.rng import stream
-from fedsec.threat import Observation
-from fedsec.types import Local, Update
-from fedsec.verify.claim import Claim
+from fedsec.types import Local
+from fedsec.verify.claim import Claim, fresh, sent
 
 
 def _worst(
@@ -23,19 +22,11 @@ def _worst(
     from attacks.spear import Spear
     from fedsec.engine import simulate
 
-    spec = MLPSpec(hidden=hidden)
-    model = spec.build(images.shape, images.classes, images.mean, images.std, stream(0, "model"))
-    model = model.to(dtype).requires_grad_(False)
+    model = fresh(MLPSpec(hidden=hidden), images, dtype=dtype)
     batch = images.test.batch(range(count), images.classes)
     truth, targets = batch.images.to(dtype), batch.targets.to(dtype)
     update = simulate(model, truth, targets, Local(kind="gradient", lr=1.0))
-    facts = {
-        "model": model,
-        "update": Update({k: t[None] for k, t in update.items()}, {}, count),
-        "count": count,
-        "shape": images.shape,
-    }
-    seen = Observation("eavesdropper", facts)
+    seen = sent(model, [update], count, images)
     begun = time.perf_counter()
     attack = Spear(rule="annealed", starts=192, chunk=64)
     found = attack(seen, [stream(0, "attack")], lambda *_: None).images[0]

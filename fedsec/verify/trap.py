@@ -7,7 +7,7 @@ import torch
 from fedsec.data import Dataset
 from fedsec.models import MLPSpec
 from fedsec.rng import stream
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh
 from fedsec.verify.imprint import EXACT, apart, drawn, probed
 
 
@@ -15,8 +15,7 @@ def extracted(images: Dataset, count: int, shrink: float, draws: int = 5) -> dic
     """Images that fired some neuron alone, that came out, and wrong certificates; by image."""
     from attacks.trap import Trap
 
-    attack, spec = Trap(shrink=shrink), MLPSpec()
-    model = spec.build(images.shape, images.classes, images.mean, images.std, stream(0, "model"))
+    attack, model = Trap(shrink=shrink), fresh(MLPSpec(), images)
     total = {"alone": 0.0, "out": 0.0, "wrong": 0.0}
     for number in range(draws):
         batch = drawn(images, count, number)

@@ -19,7 +19,7 @@ from fedsec.models import LeNetSpec, MLPSpec, ModelSpec
 from fedsec.rng import stream
 from fedsec.threat import ThreatModel
 from fedsec.types import Batch, Exchange
-from fedsec.verify.claim import Claim
+from fedsec.verify.claim import Claim, fresh
 from fedsec.verify.matching import presets
 
 COUNT = 4  # images in a batch
@@ -41,9 +41,7 @@ def leaked(
 
     `distinct`: batches in which every image has a class of its own.
     """
-    model = spec.build(
-        dataset.shape, dataset.classes, dataset.mean, dataset.std, stream(0, "verify", "model")
-    )
+    model = fresh(spec, dataset, stream(0, "verify", "model"))
     local, exchanges = Gradient(lr=0.1, batch=COUNT).local, []
     for v, batch in enumerate(_batches(dataset, victims, distinct)):
         streams = client_streams(0, v, 0, "verify")
