@@ -94,7 +94,7 @@ class DPSGD(Defense):
         rdp = epsilon(*run, self.delta, accountant="rdp")
         if not math.isfinite(rdp):
             why = f"noise_multiplier {self.noise_multiplier:g} is too small for a finite epsilon"
-            return Privacy(None, self.delta, None, reason=why)
+            return Privacy(None, self.delta, None, reason=why, mechanism=run)
         try:
             prv = epsilon(*run, self.delta, accountant="prv")
         except ArithmeticError:

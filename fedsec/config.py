@@ -38,6 +38,7 @@ class Values:
     control: bool  # also run without the defense
     lpips: str  # the metric's network: alex, which comes with fedsec, or vgg, which is fetched
     stack: int  # victims attacked together, >= 1: memory against speed
+    candidates: int  # images in the pool that the fact of that name grants, >= 2
     threads: int | str  # of torch, on a CPU, >= 1; auto: by the model's size and the cores
 
     def __post_init__(self):
@@ -45,6 +46,7 @@ class Values:
         require(self.rounds >= 0, "rounds", "must not be negative", self.rounds)
         require(self.clients >= 1, "clients", "must be at least 1", self.clients)
         require(self.stack >= 1, "stack", "must be at least 1", self.stack)
+        require(self.candidates >= 2, "candidates", "must be at least 2", self.candidates)
         threads, most = self.threads, 4 * (os.cpu_count() or 1)  # far more end the process
         if isinstance(threads, str):
             require(threads == "auto", "threads", "must be a number or auto", threads)

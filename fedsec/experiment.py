@@ -26,7 +26,7 @@ from fedsec.data import Dataset
 from fedsec.defense import Compose, Defense, Privacy, weakest
 from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.flags import suspicious
-from fedsec.privacy import formal
+from fedsec.privacy import formal, named
 from fedsec.report.numbers import groups, scenarios
 from fedsec.rng import stream
 from fedsec.stages import chosen
@@ -37,7 +37,6 @@ CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
 AUX = 1000  # public images that the fact `aux` grants
 GFLOP_PER_THREAD = 2.0  # of a stack: 2 threads gain 1.4 at 3 GFLOP, 1.7 at 11, and lose below 1
-CANDIDATES = 100  # images in the pool that the fact `candidates` grants
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,8 @@ class _Run:
             rng = stream(self.values.seed, "candidates", exchange.round, *private)
             order = torch.randperm(len(dataset.train), generator=rng)
             decoys = order[~torch.isin(order, torch.tensor(private))]
-            pool = torch.cat([torch.tensor(private), decoys[: CANDIDATES - len(private)]])
+            size = self.values.candidates - len(private)
+            pool = torch.cat([torch.tensor(private), decoys[:size]])
             pool = pool[torch.randperm(len(pool), generator=rng)]
             pooled = dataset.train.batch(pool, dataset.classes).to(self.plan.device)
             exchange = replace(exchange, candidates=pooled)
@@ -437,6 +437,26 @@ class _Run:
             rows.append((title, torch.stack(guesses).numpy(), list(captions)))
         report.grid(self.plan.folder / records.GRID, torch.stack(originals).numpy(), rows)
 
+    def _formal(self, claim: Privacy, rows: list[records.Row]) -> dict[str, Any]:
+        """What is proven about the whole run and about one update, and what was measured.
+
+        Who attacks an update knows that the image is in it: no sampling hides it there.
+        """
+        if claim.mechanism is None or claim.delta is None:
+            return {}
+        update = claim.mechanism._replace(sample_rate=1.0, steps=self.settings.client.local.steps)
+        written = {
+            "mechanism": claim.mechanism._asdict(),
+            "formal": [asdict(line) for line in formal(claim.mechanism, claim.delta)],
+            "formal_update": [asdict(line) for line in formal(update, claim.delta)],
+        }
+        alone = [row for row in rows if row.batch == 1 and row.mse is not None]
+        if "candidates" in self.settings.threat.grants and alone:
+            pool, right = self.values.candidates, sum(row.mse == 0 for row in alone)
+            measured = named(right, len(alone), pool, update, f"attack={alone[0].attack}")
+            written["measured"] = [asdict(measured)]
+        return written
+
     def summary(self, status: str, why: str) -> dict[str, Any]:
         """What run.json holds; the defense's numbers, with the control's beside them."""
         settings, values = self.settings, self.values
@@ -471,7 +491,7 @@ class _Run:
                 "delta": privacy.delta,
                 "accountant": privacy.accountant,
                 "others": dict(privacy.others),
-                **_formal(privacy, settings.client.local.steps),
+                **self._formal(privacy, rows),
             },
             "cost": {
                 "federate_seconds": self.federate_seconds.get(name),
@@ -749,21 +769,6 @@ def _privacy(defense: Defense, federated: Federated) -> Privacy:
     """The guarantee of the client that is worst off."""
     claim, _ = weakest(defense, federated.training)
     return claim or Privacy(None, None, None, reason="the defense makes no formal claim")
-
-
-def _formal(claim: Privacy, steps: int) -> dict[str, Any]:
-    """What is proven about the whole run, and about one update of `steps` steps.
-
-    Who attacks an update knows that the image is in it: no sampling hides it there.
-    """
-    if claim.mechanism is None or claim.delta is None:
-        return {}
-    update = claim.mechanism._replace(sample_rate=1.0, steps=steps)
-    return {
-        "mechanism": claim.mechanism._asdict(),
-        "formal": [asdict(line) for line in formal(claim.mechanism, claim.delta)],
-        "formal_update": [asdict(line) for line in formal(update, claim.delta)],
-    }
 
 
 def _epsilon(privacy: Privacy) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedsec.report.numbers import Estimate, Group, Scenario
 
 NEAR = 0.01  # objective below which an update counts as explained: lenet's images end below 0.005
+CHANCE = 1e-3  # of so many right guesses under a bound, below which it counts as contradicted
 MANY = 2  # settings from which on a report would say the same too often
 
 NOT_FINITE = re.compile(r"loss: the value was ")  # in the flags of a row
@@ -25,7 +26,7 @@ SUMMED = re.compile(f"{NOT_FINITE.pattern}|{LOST.pattern}")  # flags of rows tha
 # What `suspicious` says; a report works it out anew from all runs of a setting.
 NAMES = (
     *("control-does-not-leak", "accuracy-at-chance", "below-null", "leaks-more", "one-draw"),
-    *("matched-by-another", "loss-not-finite", "restarts-lost"),
+    *("matched-by-another", "loss-not-finite", "restarts-lost", "more-than-proven"),
 )
 
 
@@ -73,6 +74,8 @@ def _of_control(group: Group) -> Iterator[str]:
 
 
 def _of_defended(group: Group, control: Group | None, scenario: Scenario) -> Iterator[str]:
+    from fedsec.report.numbers import inner
+
     name = scenario.label(group)
     if group.leaks is not None and group.gain.high is not None and group.gain.high < 0:
         yield (
@@ -85,6 +88,13 @@ def _of_defended(group: Group, control: Group | None, scenario: Scenario) -> Ite
             yield (
                 f"{name} leaks more than the control, by {_decibel(more)} on the same images: "
                 "either the defense gives more away, or the attack suits it better [leaks-more]"
+            )
+    for measured in (m for run in group.runs for m in inner(run, "privacy").get("measured", ())):
+        if measured["chance"] < CHANCE:
+            yield (
+                f"{group['attack']} under {name} named {measured['right']} of {measured['made']} "
+                f"images among the candidates, more than the {100 * measured['bound']:.1f} % that "
+                "are proven to be possible: the mechanism is broken [more-than-proven]"
             )
     seeds = {row.seed for row in group.rows}
     if any((run.run or {}).get("random_defense") for run in group.runs) and len(seeds) == 1:

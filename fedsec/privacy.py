@@ -206,6 +206,37 @@ def formal(run: Mechanism, delta: float) -> tuple[Line, ...]:
     return tuple(line for line in lines if math.isfinite(line.value))
 
 
+@dataclass(frozen=True)
+class Named(Line):
+    """How often an attack named the right one of a pool, beside the most that is proven."""
+
+    low: float  # of the share's 95 % interval (Wilson 1927)
+    high: float
+    right: int
+    made: int
+    bound: float  # on the chance of each guess
+    chance: float  # of at least so many right guesses under the bound
+
+
+def named(right: int, made: int, pool: int, run: Mechanism, how: str) -> Named:
+    """`right` of `made` guesses, each of one of `pool` candidates, under the mechanism `run`.
+
+    A `chance` of next to nothing contradicts the bound, and with it the mechanism.
+    """
+    from scipy.stats import binom
+
+    from fedsec.stats import wilson
+
+    share, low, high = wilson(right, made)
+    assert share is not None
+    assert low is not None
+    assert high is not None
+    bound = naming_bounds(run, (pool,))[pool]
+    chance = float(binom.sf(right - 1, made, bound))
+    name = f"naming 1 of {pool}"
+    return Named(name, share, how, "measured", low, high, right, made, bound, chance)
+
+
 def _checked(noise_multiplier: float, sample_rate: float, steps: int) -> Mechanism:
     finite = 0 < noise_multiplier < math.inf
     require(finite, "noise_multiplier", "must be above 0 and finite", noise_multiplier)

@@ -36,11 +36,15 @@ def rows(defense: str, psnr: float, images: int = 8, **changed) -> list[records.
     ]  # fmt: skip
 
 
-def run(*parts: list[records.Row], accuracy=0.6, random=False, status="done", said=()):
+def run(*parts: list[records.Row], accuracy=0.6, random=False, status="done", said=(),
+        measured=None):  # fmt: skip
     """A run as its folder is read; `parts` are the rows of each defense."""
     utility = {"control_accuracy": accuracy, "accuracy": 0.5, "accuracy_loss": accuracy - 0.5,
                "chance_accuracy": 0.1, "test_images": 500}  # fmt: skip
     told = {"status": status, "utility": utility, "random_defense": random, "flags": list(said)}
+    if measured:
+        line = {"chance": measured[0], "right": measured[1], "made": 64, "bound": 0.018}
+        told["privacy"] = {"measured": [line]}
     return records.Run(Path("nowhere"), told, tuple(r for part in parts for r in part), False)
 
 
@@ -73,6 +77,7 @@ def losses(part: list[records.Row], *values: float | None) -> list[records.Row]:
         ("leaks-more", run(CONTROL, rows("prune", 22.5))),
         ("one-draw", run(CONTROL, DEFENDED, random=True)),
         ("matched-by-another", run(CONTROL, losses(DEFENDED, 0.001))),
+        ("more-than-proven", run(CONTROL, DEFENDED, measured=(1e-4, 20))),
         ("loss-not-finite", run(CONTROL, losses(DEFENDED, float("nan")))),
         ("loss-not-finite", run(losses(CONTROL, float("inf")), DEFENDED)),
         ("restarts-lost", run([replace(CONTROL[0], flags=("1 of 4 restarts became non-finite",)),
@@ -95,6 +100,7 @@ def test_each_suspicion_is_raised_alone(name, result):
         run(CONTROL, losses(DEFENDED, -0.5)),  # a log likelihood
         run(rows("none", 14.0), DEFENDED, status="failed"),  # its status is flag enough
         run(rows("none", 22.0), random=True),  # only the control
+        run(CONTROL, DEFENDED, measured=(0.01, 4)),  # one in a hundred is luck
     ],
 )
 def test_what_is_no_suspicion(result):

@@ -16,6 +16,7 @@ from fedsec.privacy import (
     epsilon,
     formal,
     gdp_mu,
+    named,
     naming,
     naming_bounds,
     noise_multiplier,
@@ -237,6 +238,18 @@ def test_bounds_stay_chances_at_both_ends():
     assert set(naming_bounds(Mechanism(1e-3, 0.1, 200)).values()) == {1.0}
     quiet = naming_bounds(Mechanism(100.0, 0.01, 10))
     assert all(1 / pool <= chance < 1.02 / pool for pool, chance in quiet.items())
+
+
+def test_what_was_named_stands_beside_the_bound():
+    run = Mechanism(1.0, 1.0, 1)
+    few = named(2, 64, 1000, run, "attack=candidates")
+    assert (few.name, few.kind, few.value) == ("naming 1 of 1000", "measured", 2 / 64)
+    assert few.low < 2 / 64 < few.high
+    assert few.bound == naming(1.0, 1000)
+    none = sum(math.comb(64, k) * few.bound**k * (1 - few.bound) ** (64 - k) for k in range(2))
+    assert few.chance == pytest.approx(1 - none)
+    assert named(0, 64, 1000, run, "").chance == 1.0
+    assert named(30, 64, 1000, run, "").chance < 1e-20  # the mechanism is not what it claims
 
 
 def test_the_table_names_where_each_number_is_from():

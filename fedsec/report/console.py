@@ -15,7 +15,9 @@ from fedsec.report.page import write
 from fedsec.report.words import (
     COST,
     IMAGES,
+    KINDS,
     LEAKAGE,
+    PROVEN,
     STAGES,
     UPPER,
     UTILITY,
@@ -23,6 +25,7 @@ from fedsec.report.words import (
     answers,
     common,
     directions,
+    private,
     warnings,
 )
 
@@ -50,6 +53,15 @@ def show(runs: Sequence[Run], console) -> None:
                 console.print(Text(f"\n{scenario.heading}"))
             table = _table(columns, scenario, narrow=console.width < 120)
             console.print(Text(table), soft_wrap=True)
+    claimed = private(found)
+    if claimed:
+        console.print(Text(f"\n{PROVEN}", "bold"))
+    for name, facts in claimed:
+        rows = [(f"  {name}", *KINDS.values()), *((f"  {what}", *rest) for what, *rest in facts)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        for first, *rest in rows:
+            cells = (cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))
+            console.print(Text("  ".join([first.ljust(widths[0]), *cells])), soft_wrap=True)
     staged = by_stage(scenarios(found))
     if staged:
         console.print(Text("\nstage by stage: what the attacker believes after it", "bold"))

@@ -17,13 +17,16 @@ from fedsec.report.words import (
     ENOUGH,
     FACTS,
     IMAGES,
+    KINDS,
     LEAKAGE,
+    PROVEN,
     STAGES,
     UPPER,
     UTILITY,
     answers,
     common,
     fewest,
+    private,
     warnings,
 )
 
@@ -71,6 +74,9 @@ def _page(runs: Sequence[Run], found: Sequence[Group]) -> dict[str, Any]:
         "scenarios": scenarios(found),
         "staged": by_stage(scenarios(found)),
         "upper": UPPER,
+        "private": private(found),
+        "proven": PROVEN,
+        "kinds": list(KINDS.values()),
         "stages": STAGES,
         "tables": {"leakage": LEAKAGE, "images": IMAGES, "utility": UTILITY, "cost": COST},
         "plots": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from itertools import filterfalse
 
 from fedsec import flags
 from fedsec.records import Run
-from fedsec.report.numbers import FEWEST, Estimate, Group, Scenario, scenarios
+from fedsec.report.numbers import FEWEST, Estimate, Group, Scenario, inner, scenarios
 
 ENOUGH = 30  # images from which on an interval is worth citing
 ABSENT = "—"  # how a missing value reads; a flag gives its reason
@@ -35,6 +36,10 @@ FACTS = {
     "mixing": "which private images a mixing defense mixed, and how much of each",
 }
 
+PROVEN = "what is proven at most, and what was measured"
+KINDS = {"formal": "whole run", "formal_update": "one update", "measured": "measured on one"}
+ROUGH = 10.0  # mu from which on its central limit says nothing
+Fact = tuple[str, ...]  # what, and a figure of each of `KINDS`
 Cell = tuple[str, str]  # a value, and its interval or a remark
 
 
@@ -147,6 +152,43 @@ STAGES = (
 def _certified(group: Group) -> Cell:
     sure = [any(step["certified"] for step in row.stages) for row in group.rows]
     return _number(sum(sure) / max(1, len(sure)), 0, 100.0), ""
+
+
+def private(found: Sequence[Group]) -> list[tuple[str, list[Fact]]]:
+    """Settings with a formal claim: what is proven, and what was measured beside it.
+
+    Of the run with the weakest guarantee, and of one attacked update, in which the image is known
+    to be.
+    """
+    settings = [(s.heading, s.label(g), g) for s in scenarios(found) for g in s.groups]
+    return [(": ".join(filter(None, h)), facts) for *h, g in settings if (facts := _proven(g))]
+
+
+def _proven(group: Group) -> list[Fact]:
+    claims = [] if group.control else [inner(run, "privacy") for run in group.runs]
+    claim = max(claims, key=lambda c: c.get("epsilon") or math.inf, default={})
+    facts: dict[str, dict[str, str]] = {}
+    for key in KINDS:
+        for line in claim.get(key, ()):
+            what = line["name"] + (f", {line['how']}" if line["name"] == "epsilon" else "")
+            facts.setdefault(what, {})[key] = _line(line)
+    if not facts:
+        return []
+    psnr, null = (" ".join(_cell(group.estimate(key), 1)) for key in ("psnr", "null_psnr"))
+    facts["PSNR, dB"] = {"measured": psnr}
+    facts["the best null's PSNR, dB"] = {"measured": null}
+    return [(what, *(told.get(key, ABSENT) for key in KINDS)) for what, told in facts.items()]
+
+
+def _line(line: dict) -> str:
+    """One number of fedsec.privacy.Line."""
+    share = line["name"].startswith("naming")
+    said = f"{100 * line['value']:.3g} %" if share else f"{line['value']:.3g}"
+    if line["kind"] == "measured":
+        return f"{said} [{100 * line['low']:.3g}, {100 * line['high']:.3g}]"
+    if line["kind"] == "approximation":
+        return f"about {said}" if line["value"] < ROUGH else ABSENT
+    return said
 
 
 def answers(found: Sequence[Group]) -> list[tuple[str, str]]:
