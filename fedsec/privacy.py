@@ -130,6 +130,45 @@ def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:
         )
 
 
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """The least epsilon at `delta` of a mu-GDP mechanism: exact, rounded up by at most 1e-9 of it.
+
+    Balle and Wang 2018, theorem 8 ("Improving the Gaussian mechanism"). Infinite where mu is.
+    """
+    from scipy.special import log_ndtr
+
+    require(mu >= 0, "mu", "must be at least 0", mu)
+    require(0 < delta < 1, "delta", "must be in (0, 1)", delta)
+
+    def over(e: float) -> bool:
+        first, second = log_ndtr(mu / 2 - e / mu), e + log_ndtr(-mu / 2 - e / mu)
+        gap = math.exp(min(0.0, second - first))
+        return gap < 1 and bool(first + math.log1p(-gap) > math.log(delta))
+
+    if mu == 0 or not over(0.0):
+        return 0.0
+    if not math.isfinite(mu) or mu > 1e6:
+        return math.inf
+    low, high = 0.0, 1.0
+    while over(high):
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        low, high = (middle, high) if over(middle) else (low, middle)
+    return high
+
+
+def others(run: Mechanism, delta: float) -> tuple[tuple[str, float], ...]:
+    """Epsilon by PRV and by RDP, as far as they have a number."""
+    found = []
+    for accountant in ("prv", "rdp"):
+        try:
+            found.append((accountant.upper(), epsilon(*run, delta, accountant)))
+        except ArithmeticError:
+            continue
+    return tuple((name, e) for name, e in found if math.isfinite(e))
+
+
 def naming(mu: float, pool: int) -> float:
     """The greatest chance of naming the right one of `pool` equally likely candidates under mu-GDP.
 
@@ -192,6 +231,9 @@ def formal(run: Mechanism, delta: float) -> tuple[Line, ...]:
     one of 10, 100 and 1,000 candidates.
     """
     lines = []
+    if run.sample_rate == 1:
+        how = "Gaussian, exact (Balle and Wang 2018)"
+        lines.append(Line("epsilon", gaussian_epsilon(gdp_mu(*run), delta), how, "bound"))
     for accountant, how in ACCOUNTANTS.items():
         try:
             lines.append(Line("epsilon", epsilon(*run, delta, accountant), how, "bound"))
