@@ -40,6 +40,20 @@ class Prune(Defense):
             return {k: self._pruned(t) for k, t in tensors.items()}
         return {k: torch.where(sent[k] != 0, t, 0) for k, t in tensors.items()}
 
+    def bytes(self, update: Update) -> int:
+        """The entries that are not zero, with their 4-byte positions or with a bit for each entry.
+
+        Whichever is smaller, and dense where nothing is gained.
+        """
+        size, count = sum(t.numel() for t in update.tensors.values()), 0
+        values = 0
+        for tensor in update.tensors.values():
+            kept = int(tensor.count_nonzero())
+            count, values = count + kept, values + kept * tensor.element_size()
+        dense = super().bytes(update)
+        beside = dense - sum(t.nbytes for t in update.tensors.values())
+        return min(dense, beside + values + min(4 * count, -(-size // 8)))
+
     def mask(self, update: Update) -> Tensors:
         """Which entries of a sent update carry a value: what an attack should compare."""
         return {k: t != 0 for k, t in update.tensors.items()}

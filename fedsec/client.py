@@ -138,7 +138,8 @@ def local_update(
         # Under Poisson sampling the drawn number of images is private.
         count = expected * len(batches) if defense.poisson else sum(len(b) for b in batches)
         update = defense.update(Update(tensors, running, count), rngs("update", 0))
-    if local.kind == "fedavg":  # the reply is weights: their rounding is part of what is seen
+    if local.kind == "fedavg" and not defense.sums:
+        # the reply is weights: their rounding is part of what is seen
         after = weights_after(model, update)
         seen = {name: p.detach() - after[name] for name, p in named.items()}
         update = Update(seen, update.buffers, update.count)

@@ -1,4 +1,4 @@
-"""What a defense is: three hooks, each the identity unless overridden, and what it guarantees."""
+"""What a defense is: hooks, each the identity unless overridden, and what it guarantees."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fedsec.checks import Refused
+from fedsec.checks import Refused, require
 from fedsec.privacy import Mechanism
 from fedsec.rng import stream
-from fedsec.types import Batch, Local, Tensors, Update
+from fedsec.types import Batch, Local, Party, Tensors, Update
+
+SENT, RELEASED = "who sees every update", "who sees released models, not the server"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Training:
     steps: int  # gradient steps that touched the client's data
     examples: int  # the client's data set
     batch: int  # expected batch size
+    per_update: int = 1  # gradient steps behind one update
+    clients: int = 1  # of the federation
+
+    @property
+    def updates(self) -> int:
+        return self.steps // self.per_update
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Privacy:
     others: tuple[tuple[str, float], ...] = ()  # the same run by other accountants
     reason: str = ""  # why epsilon is None
     mechanism: Mechanism | None = None  # what the guarantee is about, where it is a known one
+    unit: str = "example"  # what it hides: one example of a client, or all of one client
+    neighbours: str = "one example added or removed"
+    against: str = SENT  # who learns no more than epsilon allows
 
 
 class Defense:
@@ -45,6 +56,8 @@ class Defense:
     rounds = False  # entries of an update are sent as one of few values
     turns = True  # what is sent of an update may point elsewhere
     matched = True  # a match gains by comparing what `expected` makes of its guess
+    bounds = False  # its guarantee holds only if no later part changes the update
+    sums = False  # clients send changes, also under client=fedavg; the server has their sum alone
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
@@ -65,6 +78,31 @@ class Defense:
     def update(self, update: Update, rng: torch.Generator) -> Update:
         """What is sent instead of `update`."""
         return update
+
+    def seal(self, update: Update, party: Party) -> Update:
+        """What travels instead of `update` in a sum over clients: of those with `sums`."""
+        return update
+
+    def mean(self, updates: Sequence[Update]) -> Update:
+        """What the server makes of what one sum's clients sent: of those with `sums`."""
+        from fedsec.client import mean_update
+
+        return mean_update(updates)
+
+    def release(self, mean: Update, clients: int, rng: torch.Generator) -> Update:
+        """What the server steps along instead of the clients' mean: of those with `sums`."""
+        return mean
+
+    def opened(self, update: Update, party: Party) -> Update:
+        """What was sealed: for the harness, which knows every draw, and never for an adversary."""
+        return update
+
+    def bytes(self, update: Update) -> int:
+        """The size of a sent update in its natural encoding: here every entry, as it is stored.
+
+        It has to hold for any update: one that an encoding does not suit takes the dense size.
+        """
+        return sum(t.nbytes for t in (*update.tensors.values(), *update.buffers.values()))
 
     def privacy(self, training: Training) -> Privacy | None:
         """The guarantee for `training`; None if the defense claims none."""
@@ -97,6 +135,9 @@ class Defense:
 
     def check(self, model: nn.Module) -> None:
         """Refuse a model that the defense cannot protect."""
+
+    def check_clients(self, clients: int) -> None:
+        """Refuse a number of clients with which the defense does nothing."""
 
 
 def weakest(
@@ -131,6 +172,17 @@ class Compose(Defense):
             names = ", ".join(type(p).__name__.lower() for p in self.parts)
             raise Refused("defense", f"do not combine: {why}", names)
 
+        sealing = [type(p).__name__.lower() for p in self.parts if type(p).seal is not Defense.seal]
+        if len(sealing) > 1:
+            raise Refused("defense", "at most one defense may mask updates", ", ".join(sealing))
+        for part, *later in (self.parts[i:] for i in range(len(self.parts))):
+            if part.bounds:
+                after = [p for p in later if type(p).update is not Defense.update]
+                names = ", ".join(type(p).__name__.lower() for p in after)
+                rule = f"{type(part).__name__.lower()} bounds what is sent; name it after"
+                if after:
+                    raise Refused("defense", f"{rule} {names}", "before")
+
     @property
     def poisson(self) -> bool:  # type: ignore[override]
         return any(p.poisson for p in self.parts)
@@ -146,6 +198,9 @@ class Compose(Defense):
     @property
     def rounds(self) -> bool:  # type: ignore[override]
         return any(p.rounds for p in self.parts)
+
+    def sums(self) -> bool:  # type: ignore[override]
+        return any(p.sums for p in self.parts)
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:
@@ -164,6 +219,29 @@ class Compose(Defense):
         for part in self.parts:
             update = part.update(update, _own(rng, part))
         return update
+
+    def seal(self, update: Update, party: Party) -> Update:
+        for part in self.parts:
+            update = part.seal(update, party)
+        return update
+
+    def mean(self, updates: Sequence[Update]) -> Update:
+        own = [p for p in self.parts if type(p).mean is not Defense.mean]
+        return own[0].mean(updates) if own else super().mean(updates)
+
+    def release(self, mean: Update, clients: int, rng: torch.Generator) -> Update:
+        for part in self.parts:
+            mean = part.release(mean, clients, _own(rng, part))
+        return mean
+
+    def opened(self, update: Update, party: Party) -> Update:
+        for part in reversed(self.parts):
+            update = part.opened(update, party)
+        return update
+
+    def bytes(self, update: Update) -> int:
+        """That of the part whose encoding is the shortest."""
+        return min((part.bytes(update) for part in self.parts), default=super().bytes(update))
 
     def privacy(self, training: Training) -> Privacy | None:
         claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
@@ -204,6 +282,10 @@ class Compose(Defense):
         for part in self.parts:
             part.check(model)
 
+    def check_clients(self, clients: int) -> None:
+        for part in self.parts:
+            part.check_clients(clients)
+
 
 def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
     return stream(rng.initial_seed(), type(part).__name__)
@@ -226,6 +308,18 @@ def _changes(part: Defense) -> bool:
 
 def parts(defense: Defense) -> Sequence[Defense]:
     return defense.parts if isinstance(defense, Compose) else (defense,)
+
+
+def bare(defense: Defense, model: nn.Module) -> None:
+    """Refuse running statistics, which would travel beside an update as they are."""
+    from fedsec.client import buffers
+
+    found = list(buffers(model))
+    rule = (
+        f"{type(defense).__name__.lower()} covers updates, and running statistics would travel "
+        "beside them as they are; use model.norm=group or model.norm=none"
+    )
+    require(not found, "model.norm", rule, ", ".join(found[:2]))
 
 
 def clips(defense: Defense) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from fedsec.client import (
 )
 from fedsec.defense import Defense, Training
 from fedsec.rng import stream
-from fedsec.types import Batch, Exchange, Local, Tensors, Update
+from fedsec.types import Batch, Exchange, Local, Party, Tensors, Update
 
 # Flower's strategies by our name: its class, and the settings in which we leave its defaults.
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,7 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     "fedtrimmedavg": ("FedTrimmedAvg", {"beta": 0.25}),  # one of four clients at each end
     "krum": ("Krum", {"num_malicious_nodes": 0}),
 }
+LINEAR = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi")  # they use the mean alone
 ENGINES = ("inline", "ray")
 SPLITS = ("iid", "dirichlet", "shards")
 
@@ -93,6 +95,8 @@ class Federated:
     model: nn.Module  # after the last round, in the declared mode
     seconds: float  # wall time of the federation
     training: list[Training]  # what each client's guarantee depends on
+    seconds_per_round: float | None = None  # median of the training rounds without an attack
+    sent_bytes: float | None = None  # of one client in one training round, on average
 
 
 # What a malicious server sends to the probed clients, from the round's model, which it must leave
@@ -109,6 +113,16 @@ class Tapped:
     training: list[Update]  # of each client
     probes: list[list[Update]]  # for each of the job's probes, one for each of the models it got
     crafted: tuple[nn.Module, ...] = ()  # what the probes got instead of `sent`
+
+
+@dataclass(frozen=True)
+class Travelled:
+    """What a server leaves behind."""
+
+    final: Tensors  # parameters and buffers
+    taps: list[Tapped]  # of the attack rounds
+    seconds: list[float]  # of each training round
+    sent: list[int]  # bytes of all clients' replies in each training round
 
 
 class ClientFailed(RuntimeError):
@@ -168,6 +182,14 @@ class Site:
     def local(self, work: Work) -> Local:
         return replace(self.job.client.local, batch=work.expected)
 
+    def party(self, client: int, round: int, probe: int | None, query: int = 0) -> Party:
+        """The sum that an update is for: the training's, or that of probes, one of each client."""
+        job, session = self.job, ("train",)
+        if probe is not None:
+            turn = sum(1 for other, _ in job.probes[:probe] if other == client)
+            session = ("probe", turn, query)
+        return Party(client, job.clients, job.seed, round, session)
+
     def update(
         self, model: nn.Module, client: int, round: int, probe: int | None, query: int = 0
     ) -> Update:
@@ -176,7 +198,13 @@ class Site:
         update, _ = local_update(
             model, work.batches, self.job.defense, self.local(work), work.rngs, work.expected
         )
-        return update
+        return self.job.defense.seal(update, self.party(client, round, probe, query))
+
+    def released(self, updates: Sequence[Update], round: int) -> Update:
+        """What the server steps along, of the updates of all clients."""
+        rng = stream(self.job.seed, "server", round)
+        defense = self.job.defense
+        return defense.release(defense.mean(updates), len(updates), rng)
 
 
 def state(model: nn.Module) -> Tensors:
@@ -220,13 +248,22 @@ def federate(
     start = time.perf_counter()
     site = Site(job, dataset)
     job.defense.check(site.model)
-    final, taps = run(job, site, progress, craft)
+    travelled = run(job, site, progress, craft)
     if job.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     model = copy.deepcopy(site.model)
-    load(model, final)
-    return Federated(_exchanges(site, taps), model, seconds, trained(job, site.shares))
+    load(model, travelled.final)
+    quiet = [s for r, s in enumerate(travelled.seconds) if r not in job.attack_rounds]
+    sent = [size / job.clients for size in travelled.sent]
+    return Federated(
+        _exchanges(site, travelled.taps),
+        model,
+        seconds,
+        trained(job, site.shares),
+        median(quiet or travelled.seconds) if job.rounds else None,
+        mean(sent) if sent else None,
+    )
 
 
 def trained(job: Job, shares: list[Tensor]) -> list[Training]:
@@ -235,14 +272,24 @@ def trained(job: Job, shares: list[Tensor]) -> list[Training]:
     The final model is attacked on one more update of every client, which changes nothing else.
     """
     updates = job.rounds + (job.rounds in job.attack_rounds)
-    steps = updates * job.client.local.steps
-    return [Training(steps, len(s), min(job.client.batch, len(s))) for s in shares]
+    per_update = job.client.local.steps
+    return [
+        Training(
+            updates * per_update, len(s), min(job.client.batch, len(s)), per_update, job.clients
+        )
+        for s in shares
+    ]
 
 
 def check(job: Job) -> None:
     """Refuse rounds and probes that the federation cannot serve."""
     require(job.clients >= 1, "clients", "must be at least 1", job.clients)
     require(job.rounds >= 0, "rounds", "must be at least 0", job.rounds)
+    job.defense.check_clients(job.clients)
+    if job.defense.sums:
+        rule = f"the server sees the clients' sum alone; use one of {', '.join(LINEAR)}"
+        strategy = job.federation.strategy
+        require(strategy in LINEAR, "federation.strategy", rule, strategy)
     for r in job.attack_rounds:
         rule = f"must be between 0 and rounds = {job.rounds}"
         require(0 <= r <= job.rounds, "attack_rounds", rule, r)
@@ -271,10 +318,7 @@ def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
             else [(job.probes[i][0], i, updates) for i, updates in enumerate(tap.probes)]
         )
         for client, probe, (update, *answers) in attacked:
-            # In the round's sum, a probe stands in for its client's training update; nobody else
-            # got the crafted model that it may be about.
-            summands = [update if c == client else u for c, u in enumerate(tap.training)]
-            aggregate = update if tap.crafted else mean_update(summands)
+            aggregate = _aggregate(site, tap, client, probe, update)
             queries = tuple(zip(others, answers, strict=True))
             history = earlier.get((client, probe), ())
             earlier[client, probe] = (*history, update)
@@ -283,6 +327,22 @@ def _exchanges(site: Site, taps: list[Tapped]) -> list[Exchange]:
                 more = {"aggregate": aggregate, "history": history, "queries": queries}
                 exchanges.append(replace(exchange, **more))
     return exchanges
+
+
+def _aggregate(site: Site, tap: Tapped, client: int, probe: int | None, update: Update) -> Update:
+    """The mean of the round, in which a probe stands in for its client's training update.
+
+    That of a probe alone where it is about a crafted model, which nobody else got.
+    """
+    defense = site.job.defense
+    if probe is None:
+        return defense.mean(tap.training)
+    own = defense.opened(update, site.party(client, tap.round, probe))
+    if tap.crafted:
+        return own
+    others = (site.party(c, tap.round, None) for c in range(len(tap.training)))
+    opened = [defense.opened(*pair) for pair in zip(tap.training, others, strict=True)]
+    return mean_update([own if c == client else u for c, u in enumerate(opened)])
 
 
 def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
@@ -295,11 +355,12 @@ def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
     sums = []
     for start in range(0, len(exchanges), size):
         some = exchanges[start : start + size]
-        whole = mean_update([e.update for e in some]) if clients else some[0].aggregate
+        defense = some[0].defense
+        assert isinstance(defense, Defense)
+        whole = defense.mean([e.update for e in some]) if clients else some[0].aggregate
         assert whole is not None
-        assert isinstance(some[0].defense, Defense)
         # how many images each client drew is private under Poisson sampling
-        parts = () if some[0].defense.poisson else tuple(len(e.batch) for e in some)
+        parts = () if defense.poisson else tuple(len(e.batch) for e in some)
         sums.append(
             replace(
                 some[0],
@@ -308,7 +369,7 @@ def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
                 aggregate=whole,
                 batch=joined([e.batch for e in some]),
                 trained=joined([e.trained for e in some]),
-                local=replace(some[0].local, parts=parts),
+                local=replace(some[0].local, parts=parts, clients=len(some)),
                 norm_stats=(),
                 history=(),
                 queries=(),

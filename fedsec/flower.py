@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import threading
+import time
 import traceback
 import uuid
 import warnings
@@ -21,6 +22,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from io import BytesIO
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -41,16 +43,24 @@ from torch import Tensor, nn
 
 from fedsec.checks import Refused
 from fedsec.client import buffers, mean_update, parameters, weights_after
-from fedsec.federation import STRATEGIES, ClientFailed, Craft, Job, Site, Tapped, load, state
+from fedsec.federation import (
+    STRATEGIES,
+    ClientFailed,
+    Craft,
+    Job,
+    Site,
+    Tapped,
+    Travelled,
+    load,
+    state,
+)
 from fedsec.types import Tensors, Update
 
 Progress = Callable[[int, int], None]
 
 
-def run(
-    job: Job, site: Site, progress: Progress, craft: Craft | None = None
-) -> tuple[Tensors, list[Tapped]]:
-    """The final parameters and buffers, and what travelled in the attack rounds."""
+def run(job: Job, site: Site, progress: Progress, craft: Craft | None = None) -> Travelled:
+    """The whole federation, on the engine that the job names."""
     token = uuid.uuid4().hex  # a key that no worker of another run has seen
     server = Server(job, site, progress, craft)
     _sites[token] = site
@@ -63,7 +73,8 @@ def run(
         server.stop.set()
         random.setstate(drawn)
         del _sites[token]
-    return server.final, server.taps
+    seconds = [after - before for before, after in pairwise(server.began)]
+    return Travelled(server.final, server.taps, seconds, server.sent)
 
 
 # The client side: one ClientApp for all clients. A process finds its site by the run's token; a
@@ -108,15 +119,20 @@ def _update(job: Job, token: str, content: RecordDict, client: int) -> RecordDic
         arrays, model = content.array_records, site.model
         load(model, _tensors(arrays["arrays"]) | _tensors(arrays["buffers"]))
     update = site.update(model, client, round, probe, query)
-    is_gradient = job.client.local.kind == "gradient"
-    tensors = update.tensors if is_gradient else weights_after(model, update)
+    tensors = weights_after(model, update) if _sends_weights(job) else update.tensors
+    size = job.defense.bytes(update)
     return RecordDict(
         {
             "arrays": _record(tensors),
             "buffers": _record(update.buffers),
-            "metrics": MetricRecord({"num-examples": update.count}),
+            "metrics": MetricRecord({"num-examples": update.count, "bytes": size}),
         }
     )
+
+
+def _sends_weights(job: Job) -> bool:
+    """Whether a reply is the new weights, rather than a gradient or the change of the weights."""
+    return job.client.local.kind == "fedavg" and not job.defense.sums
 
 
 def _client(context: Context) -> int:
@@ -174,6 +190,8 @@ class Server:
         self.stop = threading.Event()
         self.taps: list[Tapped] = []
         self.final: Tensors = {}
+        self.began: list[float] = []  # when each training round did, and when the last one ended
+        self.sent: list[int] = []  # bytes of all replies of each training round
 
     @property
     def app(self) -> ServerApp:
@@ -188,6 +206,7 @@ class Server:
             result = _strategy(job).start(tap, arrays, num_rounds=job.rounds)
             assert result.arrays is not None
             arrays = result.arrays
+            self.began.append(time.perf_counter())
         if job.rounds in job.attack_rounds:  # one more exchange, that no strategy aggregates
             config = ConfigRecord({"server-round": job.rounds + 1})
             content = RecordDict({"arrays": arrays, "config": config})
@@ -232,6 +251,8 @@ class Tap(Grid):
         job, content = self.job, outgoing[0].content
         arrays, config = content.array_records["arrays"], content.config_records["config"]
         round = _integer(config, "server-round") - 1
+        if round < job.rounds:
+            self.server.began.append(time.perf_counter())
         content = partial(self._content, arrays, _record(self.buffers))
         for message in outgoing:
             message.content = content(message.content.config_records["config"])
@@ -256,8 +277,14 @@ class Tap(Grid):
             self.server.taps.append(tapped)
         if round < job.rounds:
             self.buffers = mean_update([self._running(reply) for reply in trained]).buffers
+            metrics = [reply.content.metric_records["metrics"] for reply in trained]
+            self.server.sent.append(sum(_integer(each, "bytes") for each in metrics))
+            released = None
+            if job.defense.sums:
+                sent = [self._update(reply, self.model) for reply in trained]
+                released = self.server.site.released(sent, round)
             for reply in trained:
-                self._step(reply)
+                self._step(reply, released)
             self.server.progress(round + 1, job.rounds)
         return trained
 
@@ -300,17 +327,23 @@ class Tap(Grid):
         """What a reply says, in gradient direction; `model` holds what was sent."""
         tensors = _tensors(reply.content.array_records["arrays"])
         tensors = {name: t.to(self.job.device) for name, t in tensors.items()}
-        if self.job.client.local.kind == "fedavg":
+        if _sends_weights(self.job):
             before = parameters(model)
             tensors = {name: before[name].detach() - after for name, after in tensors.items()}
         return replace(self._running(reply), tensors=tensors)
 
-    def _step(self, reply: Message) -> None:
-        """Leave the strategy what it expects: weights, and the count that weighs them."""
+    def _step(self, reply: Message, released: Update | None) -> None:
+        """Leave the strategy what it expects: weights, and the count that weighs them.
+
+        Those after the step that the server `released`, where it made one of the clients' sum: the
+        same in each reply, so that a strategy's mean is that step.
+        """
         local, metrics = self.job.client.local, reply.content.metric_records["metrics"]
         arrays = reply.content.array_records["arrays"]
-        if local.kind == "gradient":
-            arrays = _record(weights_after(self.model, self._update(reply, self.model), local.lr))
+        if local.kind == "gradient" or released is not None:
+            step = released or self._update(reply, self.model)
+            length = local.lr if local.kind == "gradient" else 1.0
+            arrays = _record(weights_after(self.model, step, length))
         reply.content = RecordDict({"arrays": arrays, "metrics": metrics})
 
     def _clients(self) -> dict[int, int]:

@@ -45,11 +45,23 @@ class Local:
     steps: int = 1  # gradient steps behind one update
     batch: int = 0  # images in one local step; 0: the whole batch
     parts: tuple[int, ...] = ()  # images of each client, where only the clients' sum is seen
+    clients: int = 1  # behind one update: more where only their sum is seen
 
     @property
     def diluted(self) -> float:
         """Deviation of the clients' mean noise over that of one client's."""
         return math.sqrt(sum(n * n for n in self.parts)) / (sum(self.parts) or 1) or 1.0
+
+
+@dataclass(frozen=True)
+class Party:
+    """One client's place in one sum. Equal (round, session): the same sum, and the same masks."""
+
+    client: int
+    clients: int  # in the sum
+    seed: int  # of the run
+    round: int
+    session: tuple[str | int, ...]  # the round's training, or what-if updates of all clients
 
 
 @dataclass(frozen=True)
