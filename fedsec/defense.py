@@ -199,6 +199,7 @@ class Compose(Defense):
     def rounds(self) -> bool:  # type: ignore[override]
         return any(p.rounds for p in self.parts)
 
+    @property
     def sums(self) -> bool:  # type: ignore[override]
         return any(p.sums for p in self.parts)
 

@@ -23,7 +23,7 @@ from fedsec.client import draw, schedule
 from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
-from fedsec.defense import Compose, Defense, Privacy, weakest
+from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, weakest
 from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
 from fedsec.flags import suspicious
 from fedsec.privacy import formal, named
@@ -37,6 +37,7 @@ CONTROL = "none"  # how the undefended control is called
 STRANGERS = 2000  # training images among which the unrelated null and the decoys are drawn
 AUX = 1000  # public images that the fact `aux` grants
 GFLOP_PER_THREAD = 2.0  # of a stack: 2 threads gain 1.4 at 3 GFLOP, 1.7 at 11, and lose below 1
+PRICE = ("seconds_per_round", "control_seconds_per_round", "sent_bytes", "control_sent_bytes")
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ class _Run:
         self.accuracy: dict[str, float] = {}
         self.privacy: dict[str, Privacy] = {}
         self.federate_seconds: dict[str, float] = {}
+        self.price: dict[str, tuple[float | None, float | None]] = {}  # see `Federated`
         self.attack_seconds: dict[str, float] = {}
         self.rows: list[records.Row] = []
         self.nulls: list[dict[str, match.Scores]] = []
@@ -216,11 +218,18 @@ class _Run:
             with cost.Clock(plan.device) as clock:
                 federated = federate(job, plan.dataset, stage.advance, self._craft(defense))
             self.federate_seconds[name] = clock.seconds
+            self.price[name] = federated.seconds_per_round, federated.sent_bytes
             self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
             self.privacy[name] = _privacy(defense, federated)
             if not all(p.isfinite().all() for p in federated.model.parameters()):
                 self.flags.append(
                     f"{name}: training diverged, the final model is not finite [training-diverged]"
+                )
+            hears = {"update", "aggregate", "history"} & set(self.settings.threat.grants)
+            if self.privacy[name].against == RELEASED and hears:
+                self.flags.append(
+                    f"{name}: epsilon is for {RELEASED}; threat={self.settings.names['threat']} is "
+                    "the server, and what it sees has no noise [epsilon-not-for-the-server]"
                 )
             if defense.poisson and job.keep_training:
                 self.flags.append(
@@ -440,16 +449,21 @@ class _Run:
     def _formal(self, claim: Privacy, rows: list[records.Row]) -> dict[str, Any]:
         """What is proven about the whole run and about one update, and what was measured.
 
-        Who attacks an update knows that the image is in it: no sampling hides it there.
+        Who attacks an update knows that the image is in it: no sampling hides it there. Where the
+        claim is about released models alone it says nothing of an update, and where it is about
+        whole clients an update is one step.
         """
         if claim.mechanism is None or claim.delta is None:
             return {}
-        update = claim.mechanism._replace(sample_rate=1.0, steps=self.settings.client.local.steps)
-        written = {
+        written: dict[str, Any] = {
             "mechanism": claim.mechanism._asdict(),
             "formal": [asdict(line) for line in formal(claim.mechanism, claim.delta)],
-            "formal_update": [asdict(line) for line in formal(update, claim.delta)],
         }
+        if claim.against != SENT:
+            return written
+        steps = 1 if claim.unit == "client" else self.settings.client.local.steps
+        update = claim.mechanism._replace(sample_rate=1.0, steps=steps)
+        written["formal_update"] = [asdict(line) for line in formal(update, claim.delta)]
         alone = [row for row in rows if row.batch == 1 and row.mse is not None]
         if "candidates" in self.settings.threat.grants and alone:
             pool, right = self.values.candidates, sum(row.mse == 0 for row in alone)
@@ -476,6 +490,10 @@ class _Run:
             flags.append(f"{attack} made no use of {facts}, which threat={threat} grants")
         nulls = match.join(self.nulls) if self.nulls else {}
         attacked = self.attack_seconds.get(name)
+        price = self.price.get(name, (None, None))
+        beside = self.price.get(CONTROL, (None, None))
+        if not values.rounds:
+            flags.append(f"{', '.join(PRICE)}: rounds=0, so no round was trained")
         test = self.plan.dataset.test
         written = {
             "status": status,
@@ -491,11 +509,18 @@ class _Run:
                 "delta": privacy.delta,
                 "accountant": privacy.accountant,
                 "others": dict(privacy.others),
+                "unit": privacy.unit,
+                "neighbours": privacy.neighbours,
+                "against": privacy.against,
                 **self._formal(privacy, rows),
             },
             "cost": {
                 "federate_seconds": self.federate_seconds.get(name),
                 "control_federate_seconds": self.federate_seconds.get(CONTROL),
+                "seconds_per_round": price[0],
+                "control_seconds_per_round": beside[0],
+                "sent_bytes": price[1],
+                "control_sent_bytes": beside[1],
                 "attack_seconds": attacked,
                 "seconds_per_image": _mean([r.seconds for r in rows]),
                 "gflop_per_image": _mean([r.gflop for r in rows]),
@@ -774,7 +799,9 @@ def _privacy(defense: Defense, federated: Federated) -> Privacy:
 def _epsilon(privacy: Privacy) -> str:
     if privacy.epsilon is None:
         return ""
-    return f"   epsilon {privacy.epsilon:.2f} at delta {privacy.delta:g} ({privacy.accountant})"
+    unit = "" if privacy.unit == "example" else f", one {privacy.unit}"
+    at = f"at delta {privacy.delta:g} ({privacy.accountant}{unit})"
+    return f"   epsilon {privacy.epsilon:.2f} {at}"
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -95,7 +95,8 @@ def _spent(group: Group) -> Cell:
     if not claim:
         return ABSENT, "" if group.control else "no bound"
     delta = f"{claim.get('delta') or 0:g}".replace("e-0", "e-")
-    return f"{claim['epsilon']:.3g}", f"δ {delta}, {claim.get('accountant')}"
+    unit = claim.get("unit", "example")  # runs before there was another do not say it
+    return f"{claim['epsilon']:.3g}", f"δ {delta}, {claim.get('accountant')}, one {unit}"
 
 
 def _loss(group: Group) -> Cell:
