@@ -294,7 +294,7 @@ def audit(
     A lower bound of 0 says nothing, and no audit shows more than all guesses right would (see
     `Audit.most`).
 
-    Refuses a claim without epsilon, and a defense that refuses every place.
+    Refuses a claim without epsilon or about whole clients, and a defense that refuses every place.
     """
     for key, least, got in (("rounds", 1, rounds), ("examples", 1, examples),
                             ("repeats", 1, repeats)):  # fmt: skip
@@ -302,6 +302,8 @@ def audit(
     require(0 < confidence < 1, "confidence", "must be in (0, 1)", confidence)
     reason = f"claims no epsilon that could be audited ({claim.reason})"
     require(claim.epsilon is not None, "defense", reason, type(defense).__name__.lower())
+    reason = "claims epsilon for a whole client; canaries here are examples of one client"
+    require(claim.unit == "example", "defense", reason, type(defense).__name__.lower())
     each = 1 - (1 - confidence) / (len(places) * len(GUESSED))
     looks, refused = [], []
     for place in places:

@@ -149,6 +149,8 @@ def _claim(settings: Settings) -> tuple[Privacy, Training, str]:
     if claim.epsilon is None or training is None:
         rule = f"must claim an epsilon to be audited, like defense=dpsgd ({claim.reason})"
         raise Refused("defense", rule, settings.names["defense"] or "none that does")
+    rule = "claims epsilon for a whole client; the audit's canaries are examples: audit dpsgd"
+    require(claim.unit == "example", "defense", rule, settings.names["defense"])
     who = (
         f"client {held.index(training)} of {len(held)}, the worst off: {training.examples} "
         f"examples, {training.batch} a batch, {training.steps} steps"
