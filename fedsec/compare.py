@@ -3,6 +3,7 @@
 For every run, defense and model age: mean PSNR, and the difference to another. Differences are
 taken image by image where both attacked the same image of the same data and seed, so that what
 images differ in among themselves does not widen them. Runs that differ in their seed are one.
+`--by threat` sets runs that differ in that option alone beside each other, one line for all.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ HEAD = ("run", "defense", "round", "images", "PSNR dB", "against", "difference d
 Victim = tuple[str, int, int]  # data, seed, image
 Scores = dict[Victim, float]  # mean PSNR over its rows
 CONTROL = "none"
+BY = ("threat", "attack", "client", "model")  # fields of a row
 
 
 @dataclass(frozen=True)
@@ -32,34 +34,42 @@ class Cell:
     defense: str
     round: int
     scores: Scores
+    value: str = ""  # of the field by which cells stand side by side
 
 
-def named(runs: Sequence[Run]) -> list[str]:
-    """What of each run's command, seeds aside, the others lack.
+def named(runs: Sequence[Run], by: str | None = None) -> list[str]:
+    """What of each run's command, seeds and option `by` aside, the others lack.
 
     Its folder where runs of one seed cannot be told apart so.
     """
-    left_out = ("out=", "seed=", "-", "hydra.")
+    left_out = ("out=", "seed=", "-", "hydra.", *([f"{by}=", f"{by}."] if by else []))
     words = []
     for run in runs:
         said = shlex.split(str((run.run or {}).get("command", "")))
         words.append([w for w in said if "=" in w and not w.startswith(left_out)])
     shared = set(words[0]).intersection(*words)
     names = [" ".join(w for w in each if w not in shared) or "as it is" for each in words]
-    each = {(name, row.seed, run.folder) for name, run in zip(names, runs, strict=True)
-            for row in run.rows}  # fmt: skip
-    if len({(name, seed) for name, seed, _ in each}) < len(each):
+    each = {(name, row.seed, _value(row, by), run.folder)
+            for name, run in zip(names, runs, strict=True) for row in run.rows}  # fmt: skip
+    if len({where[:-1] for where in each}) < len(each):
         return [run.folder.name for run in runs]
     return names
 
 
-def cells(runs: Sequence[Run]) -> list[Cell]:
+def _value(row: Row, by: str | None) -> str:
+    return str(getattr(row, by)) if by else ""
+
+
+def cells(runs: Sequence[Run], by: str | None = None) -> list[Cell]:
     """In the order of the runs, their defenses and rounds."""
-    parts: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
-    for name, run in zip(named(runs) if runs else (), runs, strict=True):
+    parts: dict[tuple[str, str, int, str], list[Row]] = defaultdict(list)
+    for name, run in zip(named(runs, by) if runs else (), runs, strict=True):
         for row in run.rows:
-            parts[name, row.defense, row.round].append(row)
-    return [Cell(*where, _scores(rows)) for where, rows in parts.items()]
+            parts[name, row.defense, row.round, _value(row, by)].append(row)
+    return [
+        Cell(name, defense, round, _scores(rows), value)
+        for (name, defense, round, value), rows in parts.items()
+    ]
 
 
 def _scores(rows: Sequence[Row]) -> Scores:
@@ -83,21 +93,49 @@ def _clusters(victims: Sequence[Victim]) -> list[Hashable]:
     return [(data, image) for data, _, image in victims]
 
 
+def beside(found: Sequence[Cell]) -> list[list[str]]:
+    """A head, and a line for each run, defense and age with the PSNR of each value of the field.
+
+    The difference of each to the first, on the images that both attacked.
+    """
+    values = list(dict.fromkeys(cell.value for cell in found))
+    first, *rest = values
+    gaps = ("difference dB" if len(rest) == 1 else f"{value} - {first} dB" for value in rest)
+    heads = [word for gap in gaps for word in (gap, "pairs")]
+    table = [["run", "defense", "round", *(f"{value} dB" for value in values), *heads]]
+    for where in dict.fromkeys((c.run, c.defense, c.round) for c in found):
+        same = {c.value: c for c in found if (c.run, c.defense, c.round) == where}
+        words = [*map(str, where), *(_mean(same.get(value)) for value in values)]
+        for value in rest:
+            if value in same and first in same:
+                gap, pairs = difference(same[value], same[first])
+                words += [_said(gap, "+"), str(pairs)]
+            else:
+                words += ["", ""]
+        table.append(words)
+    return table
+
+
+def _mean(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    return _said(stats.bootstrap(list(cell.scores.values()), _clusters(list(cell.scores))), "")
+
+
 def lines(found: Sequence[Cell], to: str | None) -> list[list[str]]:
-    """A line for each cell, with the difference to run `to` at the same age and defense.
+    """A head, and a line for each cell: the difference to run `to` at the same age and defense.
 
     Cells of that run itself, and all without `to`: a defense's to the control of the same age, the
     control's to that of the youngest model.
     """
-    table = []
+    table: list[list[str]] = [list(HEAD)]
     for cell in found:
-        name, beside = _beside(cell, found, to)
-        mean = stats.bootstrap(list(cell.scores.values()), _clusters(list(cell.scores)))
-        words = [cell.run, cell.defense, str(cell.round), str(len(cell.scores)), _said(mean, "")]
-        if beside is None or beside is cell:
+        name, other = _beside(cell, found, to)
+        words = [cell.run, cell.defense, str(cell.round), str(len(cell.scores)), _mean(cell)]
+        if other is None or other is cell:
             words += ["", "", ""]
         else:
-            gap, pairs = difference(cell, beside)
+            gap, pairs = difference(cell, other)
             words += [name, _said(gap, "+"), str(pairs)]
         table.append(words)
     return table
@@ -125,10 +163,9 @@ def _said(interval: stats.Interval, sign: str) -> str:
 
 
 def shown(table: Sequence[Sequence[str]], markdown: bool) -> str:
-    """The table with its head; columns that are empty throughout are left out."""
-    rows = [HEAD, *table]
-    kept = [i for i in range(len(HEAD)) if any(row[i] for row in table)]
-    rows = [[row[i] for i in kept] for row in rows]
+    """The table, whose first line is its head; columns that are empty below it are left out."""
+    kept = [i for i in range(len(table[0])) if any(row[i] for row in table[1:])]
+    rows = [[row[i] for i in kept] for row in table]
     if markdown:
         rule = ["---"] * len(kept)
         return "\n".join("| " + " | ".join(row) + " |" for row in [rows[0], rule, *rows[1:]])
@@ -146,7 +183,9 @@ def main(words: Sequence[str] | None = None) -> int:
         prog="python -m fedsec.compare", description="Paired differences between runs."
     )
     parser.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or above them")
-    parser.add_argument("--to", metavar="RUN", help="as the table names it; default: the control")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--to", metavar="RUN", help="as the table names it; default: the control")
+    either.add_argument("--by", choices=BY, help="what differs between the columns")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     try:
         asked = parser.parse_args(words)
@@ -154,13 +193,14 @@ def main(words: Sequence[str] | None = None) -> int:
         return 1 if stop.code else 0
     try:
         runs = [records.read(folder) for folder in records.find(list(map(Path, asked.folders)))]
-        found = cells(runs)
+        found = cells(runs, asked.by)
         require(bool(found), "folder", "must hold at least one finished image",
                 " ".join(asked.folders))  # fmt: skip
         known = list(dict.fromkeys(cell.run for cell in found))
         if asked.to is not None:
             require(asked.to in known, "--to", f"must be among {', '.join(known)}", asked.to)
-        print(shown(lines(found, asked.to), asked.markdown))
+        table = beside(found) if asked.by else lines(found, asked.to)
+        print(shown(table, asked.markdown))
         print("\n95 % intervals, each by itself: one difference of 20 that are nothing looks real")
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)

@@ -6,13 +6,13 @@ from fedsec import compare, records, stats
 from fedsec.records import Row
 
 
-def run(folder, scores, word="", defense="none", age=0, seed=0):
+def run(folder, scores, word="", defense="none", age=0, seed=0, threat="t"):
     """A finished run: image -> PSNR (or several)."""
     out = records.open_folder(folder)
     rows = [(image, psnr) for image, each in scores.items()
             for psnr in (each if isinstance(each, tuple) else (each,))]  # fmt: skip
     out.append(
-        Row(run="r", attack="a", defense=defense, threat="t", client="c", data="d", model="m",
+        Row(run="r", attack="a", defense=defense, threat=threat, client="c", data="d", model="m",
             seed=seed, round=age, victim=v, image=image, batch=1, psnr=psnr)
         for v, (image, psnr) in enumerate(rows)
     )  # fmt: skip
@@ -128,3 +128,35 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     assert status == 1
     assert said.err.startswith("error: folder: must hold at least one finished image")
     assert told(capsys)[0] == 1
+
+
+def test_runs_that_differ_in_their_threat_model_stand_side_by_side(tmp_path, capsys):
+    for threat, shift in (("naive", 0.0), ("knowing", 4.0)):
+        for defense, level in (("prune", 12.0), ("noise", 20.0)):
+            for seed in (0, 1):
+                scores = {i: level + shift * (i + 1) + seed for i in range(3)}
+                word = f"defense={defense} threat={threat} threat.tampers=false"
+                run(tmp_path / f"{threat}{defense}{seed}", scores, word, defense, seed=seed,
+                    threat=threat)  # fmt: skip
+    status, said = told(capsys, tmp_path, "--by", "threat", "--markdown")
+    assert status == 0
+    head, _, *rows = said.out.splitlines()
+    names = [word.strip() for word in head.strip("| ").split("|")]
+    assert names == ["run", "defense", "round", "knowing dB", "naive dB", "difference dB", "pairs"]
+    assert len([row for row in rows if row.startswith("|")]) == 2, "one line for each defense"
+    mean, low, high = stats.paired_difference([0.0] * 6, [4.0, 8, 12] * 2, [0, 1, 2] * 2)
+    for defense, level in (("noise", 20.0), ("prune", 12.0)):
+        line = next(row for row in rows if row.startswith(f"| defense={defense} |"))
+        assert line.endswith(f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] | 6 |")
+        assert f"| {level + 0.5 + 8:.1f} [" in line
+        assert f"| {level + 0.5:.1f} [" in line
+
+
+def test_a_defense_seen_by_one_threat_model_only_leaves_the_others_column_empty(tmp_path, capsys):
+    run(tmp_path / "a", {1: 20.0}, "defense=prune threat=t", "prune")
+    run(tmp_path / "b", {1: 21.0}, "defense=prune threat=u", "prune", threat="u")
+    run(tmp_path / "c", {1: 22.0}, "defense=noise threat=u", "noise", threat="u")
+    _, said = told(capsys, tmp_path, "--by", "threat", "--markdown")
+    assert "| defense=noise | noise | 0 |  | 22.0 |  |  |" in said.out
+    assert "| defense=prune | prune | 0 | 20.0 | 21.0 | +1.0 | 1 |" in said.out
+    assert told(capsys, tmp_path, "--by", "colour")[0] == 1
