@@ -419,6 +419,25 @@ def test_a_cells_command_runs_just_that_cell_again(go, tmp_path, monkeypatch, ho
     assert {p.name for p in (tmp_path / "out").iterdir()} == {cell.name for cell in cells}
 
 
+def test_the_sweep_over_defenses_has_each_with_and_without_knowledge_of_it(go, tmp_path):
+    params = OmegaConf.load(CONFIGS / "sweep/defenses.yaml").hydra.sweeper.params
+    there = {path.stem for path in (CONFIGS / "defense").glob("*.yaml")} - {"composed"}
+    assert set(params.defense.split(",")) == there
+    naive, knowing = (OmegaConf.load(CONFIGS / f"threat/{name}.yaml").grants
+                      for name in params.threat.split(","))  # fmt: skip
+    assert set(knowing) - set(naive) == {"defense"}
+    assert not set(naive) - set(knowing)
+    wanted = ("defense=prune", "seed=0", "images=4", "victim_batch=2", "attack.budget=10")
+    status, out, err = go("sweep=defenses", *wanted, "rounds=1", steps=0)
+    assert (status, err) == (0, ""), out
+    cells = sorted(p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    threats = [[row["threat"] for row in tiny.rows(cell)] for cell in cells]
+    assert threats == [["naive_server"] * 4, ["honest_server"] * 4]
+    command = tiny.whole(cells[1])["command"]  # this cell's, whole
+    assert "attack=auto" in command
+    assert "control=False" in command
+
+
 def test_each_assumption_is_a_run_that_changes_one_thing():
     def composed(name: str) -> tuple[dict, dict]:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):

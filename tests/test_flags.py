@@ -15,7 +15,7 @@ from fedsec.models import LeNetSpec
 from fedsec.report import numbers, words
 from fedsec.rng import stream
 from fedsec.run import CONFIGS
-from fedsec.types import Batch, Update
+from fedsec.types import Batch, Party, Update
 
 ROOT = CONFIGS.parent
 NULL = 14.0
@@ -166,6 +166,7 @@ def test_a_defense_says_whether_it_draws(name):
         seen = defense.batch(batch, rng)
         gradient = defense.gradients(built, seen, rng, len(seen))
         update = defense.update(Update(gradient, {}, len(seen)), rng)
+        update = defense.seal(update, Party(0, 2, rng.initial_seed(), 0, ("train",)))
         return torch.cat([t.flatten() for t in update.tensors.values()])
 
     same = torch.equal(sent(stream(0, "defense")), sent(stream(0, "defense")))
