@@ -461,7 +461,9 @@ class _Lanes:
         self.search, self.model, self.local = search, seen.model, seen.step
         self.distance, self.per_example = search.distance, None
         if "defense" in seen.grants:
-            self._know(seen.defense, update)
+            # clients who all count the same say 1, whatever they used
+            single = update.count == seen.count == seen.step.steps == 1
+            self._know(seen.defense, single)
         if search.direction:  # an update scaled to nothing still points somewhere
             squares = [t.double().flatten(1).square().sum(1) for t in self.observed.values()]
             length = torch.stack(squares).sum(0).sqrt()
@@ -501,13 +503,13 @@ class _Lanes:
         self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
 
-    def _know(self, defense: Defense, update: Update) -> None:
-        """What the defense publishes of how it made `update`: of an example's part, and of all."""
+    def _know(self, defense: Defense, single: bool) -> None:
+        """What the defense publishes of how an update is made: of an example's part, and of all."""
         made = matched(defense, self.local, directions=self.search.distance is cosine)
         if made is not None:
             self.distance = through(made, self.search.distance)
         # of one example, a scaled gradient points where the whole one does
-        one_scaled = update.count == 1 and self.search.distance is cosine
+        one_scaled = single and self.search.distance is cosine
         if clips(defense) and not one_scaled:
             self.per_example = defense.per_example
 

@@ -397,7 +397,10 @@ def test_a_clipped_masked_federation_keeps_both_promises():
 @pytest.mark.parametrize(
     ("parts", "rule"),
     [
-        ((CENTRAL, Prune(ratio=0.5)), "userdp bounds what is sent; name it after prune"),
+        (
+            (CENTRAL, Prune(ratio=0.5)),
+            "userdp bounds what is sent, which prune would change; name it after",
+        ),
         ((MASKED, SecAgg(bound=1.0, bits=8)), "at most one defense may mask updates"),
     ],
 )
@@ -487,3 +490,21 @@ def test_a_federation_counts_what_its_clients_send():
     none = run(job(model=PLAIN, rounds=0, attack_rounds=(0,)))
     assert (none.seconds_per_round, none.sent_bytes) == (None, None)
     assert isinstance(plain.model, nn.Module)
+
+
+def test_equal_counts_do_not_make_a_batch_one_image():
+    """Clipping of one example keeps the update's direction, of a batch's examples it does not."""
+    from fedsec import engine
+
+    dpsgd = DPSGD(clip=0.1, noise_multiplier=0.0, delta=1e-5)
+    both = Compose((dpsgd, CENTRAL))
+    probes = ((0, (1, 2, 3)), (0, (4,)))
+    found = run(job(model=PLAIN, defense=both, probes=probes, attack_rounds=(0,)))
+    knows = []
+    for exchange in found.exchanges:
+        grants = ("model", "update", "count", "shape", "local", "mode", "defense")
+        seen = ThreatModel(grants=grants).observe([exchange])
+        targets = torch.zeros(1, seen.count, 4)
+        lanes = engine._Lanes(seen, targets, engine.spectral(steps=1, lr=0.1, priors=()))
+        knows.append(lanes.per_example is not None)
+    assert knows == [True, False]
