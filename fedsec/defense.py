@@ -179,9 +179,9 @@ class Compose(Defense):
             if part.bounds:
                 after = [p for p in later if type(p).update is not Defense.update]
                 names = ", ".join(type(p).__name__.lower() for p in after)
-                rule = f"{type(part).__name__.lower()} bounds what is sent; name it after"
-                if after:
-                    raise Refused("defense", f"{rule} {names}", "before")
+                own = type(part).__name__.lower()
+                rule = f"{own} bounds what is sent, which {names} would change; name it after that"
+                require(not after, "defense", rule, f"{own} before {names}")
 
     @property
     def poisson(self) -> bool:  # type: ignore[override]

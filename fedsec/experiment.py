@@ -225,12 +225,7 @@ class _Run:
                 self.flags.append(
                     f"{name}: training diverged, the final model is not finite [training-diverged]"
                 )
-            hears = {"update", "aggregate", "history"} & set(self.settings.threat.grants)
-            if self.privacy[name].against == RELEASED and hears:
-                self.flags.append(
-                    f"{name}: epsilon is for {RELEASED}; threat={self.settings.names['threat']} is "
-                    "the server, and what it sees has no noise [epsilon-not-for-the-server]"
-                )
+            self._whom(name)
             if defense.poisson and job.keep_training:
                 self.flags.append(
                     f"{name}: the attack was told how many images each update holds, which the "
@@ -267,6 +262,17 @@ class _Run:
             psnr = [r.psnr for r in self.rows if r.defense == name and r.psnr is not None]
             mean = sum(psnr) / len(psnr) if psnr else math.nan
             stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
+
+    def _whom(self, name: str) -> None:
+        """Say what an epsilon hides, and from whom, where it is not one example."""
+        claim, threat = self.privacy[name], self.settings.threat
+        if claim.epsilon is None or claim.unit == "example":
+            return
+        said = f"{name}: epsilon hides one {claim.unit} ({claim.neighbours}) from {claim.against}"
+        if claim.against == RELEASED and {"update", "aggregate", "history"} & set(threat.grants):
+            said += f"; threat={threat.name} is the server, and what it sees has no noise"
+            said += " [epsilon-not-for-the-server]"
+        self.flags.append(said)
 
     def _craft(self, defense: Defense) -> Craft | None:
         """What the attack makes of the model that the attacked clients get, if it tampers."""
