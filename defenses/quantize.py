@@ -80,6 +80,14 @@ class Quantize(Defense):
                 rounded[name] = told.maximum(whole.floor()).minimum(whole.ceil()) * step
         return rounded
 
+    def bytes(self, update: Update) -> int:
+        """`bits` for an entry, and the step of each tensor."""
+        whole = [self._levels(t)[0] for t in update.tensors.values()]
+        if any(((w - w.round()).abs() > 1e-3).any() for w in whole):
+            return super().bytes(update)
+        entries = sum(4 + -(-t.numel() * self.bits // 8) for t in update.tensors.values())
+        return entries + sum(t.nbytes for t in update.buffers.values())
+
     def _levels(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
         """A tensor in steps, not yet rounded, and the step. Zeros stay zeros."""
         most = tensor.abs().amax()

@@ -76,7 +76,7 @@ class SecAgg(Defense):
         mean = {k: self._read(each[k].sum(0), t) / n for k, t in first.tensors.items()}
         return Update(mean, first.buffers, sum(u.count for u in updates))
 
-    def expected(self, tensors: Tensors) -> Tensors:
+    def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
         return {k: t.clamp(-self.bound, self.bound).nan_to_num() for k, t in tensors.items()}
 
     def noise(self, local: Local) -> tuple[float, float]:

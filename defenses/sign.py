@@ -43,5 +43,13 @@ class Sign(Defense):
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
         return {k: t.sign() * self._size(t) for k, t in tensors.items()}
 
+    def bytes(self, update: Update) -> int:
+        """A bit for an entry, two where some are zero, and the scale of each tensor."""
+        if any(t[t != 0].abs().unique().numel() > 1 for t in update.tensors.values()):
+            return super().bytes(update)
+        bits = [t.numel() * (2 if (t == 0).any() else 1) for t in update.tensors.values()]
+        entries = sum(4 + -(-b // 8) for b in bits)
+        return entries + sum(t.nbytes for t in update.buffers.values())
+
     def _size(self, tensor: Tensor) -> Tensor | float:
         return tensor.abs().mean() if self.scale == "mean" else 1.0

@@ -48,6 +48,7 @@ class UserDP(Defense):
     place: str  # central: the server adds the noise; local: each client does
 
     sums = True
+    turns = False
 
     def __post_init__(self):
         require(0 < self.clip < math.inf, "clip", "must be above 0 and finite", self.clip)
@@ -80,7 +81,7 @@ class UserDP(Defense):
             return mean
         return replace(mean, tensors=_noisy(mean.tensors, self.deviation / clients, rng))
 
-    def expected(self, tensors: Tensors) -> Tensors:
+    def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
         """The same direction, of a norm of at most `clip`."""
         norm = torch.stack([t.double().norm() for t in tensors.values()]).norm()
         scale = (self.clip / norm).clamp(max=1.0)  # an update of zeros: 1

@@ -265,7 +265,9 @@ class Compose(Defense):
 
     def noise(self, local: Local) -> tuple[float, float]:
         """Not known where entries are rounded at random, or changed when noise is in them."""
-        if any(_changes(part) and (part.random or noisy) for part, noisy, _ in self._order()):
+        changes = [(part, noisy) for part, noisy, _ in self._order() if _changes(part)]
+        lost = (noisy or (part.random and not _draws(part)) for part, noisy in changes)
+        if any(lost):
             return 0.0, 0.0
         each = [part.noise(local) for part in self.parts]
         return math.hypot(*(g for g, _ in each)), math.hypot(*(x for _, x in each))

@@ -28,7 +28,7 @@ from fedsec.cost import flops_once
 from fedsec.defense import Defense, clips, matched
 from fedsec.rules import PHOTOGRAPHS, Adam, Schedule, Spectrum, StepRule, anneal, constant
 from fedsec.threat import Observation
-from fedsec.types import Local, Reconstruction, Tensors, Update
+from fedsec.types import Local, Reconstruction, Tensors
 from fedsec.unroll import Distance, Unrolled
 
 Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar

@@ -19,7 +19,9 @@ from torch import nn
 
 from defenses.dpsgd import DPSGD
 from defenses.prune import Prune
+from defenses.quantize import Quantize
 from defenses.secagg import RING, SecAgg
+from defenses.sign import Sign
 from defenses.userdp import UserDP
 from fedsec.audit import audit
 from fedsec.checks import Refused
@@ -462,6 +464,28 @@ def test_a_run_says_that_its_epsilon_is_a_clients(tmp_path, monkeypatch, capsys)
 
 
 # ---------------------------------------------------------------- bytes
+
+
+def test_bytes_of_coarse_entries():
+    """A bit for a sign, two with zeros; `bits` for a step; four bytes for a tensor's scale."""
+    plain = Update({"w": torch.linspace(-1, 1, 1000), "b": torch.tensor(0.5)}, {}, 1)
+    sign, coarse = Sign(scale="mean"), Quantize(bits=4, rounding="nearest")
+    assert sign.bytes(sign.update(plain, stream(0))) == 125 + 4 + 1 + 4
+    some = Update({"w": torch.tensor([0.0, 1.0, -2.0, 0.0])}, {}, 1)
+    assert sign.bytes(sign.update(some, stream(0))) == 1 + 4
+    assert coarse.bytes(coarse.update(plain, stream(0))) == 500 + 4 + 1 + 4
+    for defense in (sign, coarse):  # what it did not make does not fit its encoding
+        assert defense.bytes(plain) == 4 * 1001
+    both = Compose((Prune(ratio=0.9), sign))
+    assert both.bytes(both.update(plain, stream(0))) == 250 + 4 + 1 + 4
+
+
+def test_noise_of_an_own_draw_is_known_after_another_part():
+    local = Local("gradient", 1.0, 1, 1)
+    both = Compose((LOCAL, SecAgg(bound=8.0, bits=20)))
+    assert LOCAL.noise(local)[0] > 0
+    assert Compose((LOCAL,)).noise(local) == LOCAL.noise(local)
+    assert both.noise(local) == (0.0, 0.0)  # rounding of what is noisy
 
 
 def test_bytes_are_those_of_the_natural_encoding():
