@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -12,8 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from fedsec.checks import Refused, require
 from fedsec.defense import Defense, Privacy, Training
+from fedsec.ghost import scaled_sum
 from fedsec.types import Batch, Local, Tensors
 
+SMALL = 2**16  # parameters up to which per-example gradients are faster than norms without them
 # Per-example gradients held at once: on a CPU about what its caches hold, which is the fastest.
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**29}
 
@@ -77,7 +80,7 @@ class DPSGD(Defense):
 
     def per_example(self, gradients: Tensors) -> Tensors:
         """Each example's gradient, scaled to a norm of at most `clip`."""
-        scale = clip_factors(gradients, self.clip)
+        scale = clip_factors(norms(gradients), self.clip)
         return {k: torch.einsum("n,n...->n...", scale, g) for k, g in gradients.items()}
 
     def privacy(self, training: Training) -> Privacy:
@@ -118,9 +121,20 @@ class DPSGD(Defense):
 def clipped_sum(model: nn.Module, batch: Batch, clip: float) -> Tensors:
     """The sum over the batch of each example's gradient, scaled to a norm of at most `clip`.
 
-    A layer sees one example at a time, so none can mix two. The gradients held at once take
-    `CHUNK_BYTES`; the chunks depend on model and device alone, and so does the order of the sum.
+    A layer sees one example at a time, so none can mix two. The order of the sum depends on model,
+    device and batch alone, and memory has a bound whatever the batch. A network of more than
+    `SMALL` parameters has its norms from activations where its layers allow (`fedsec.ghost`).
     """
+    if sum(p.numel() for p in model.parameters() if p.requires_grad) > SMALL:
+        scales = partial(clip_factors, clip=clip)
+        found = scaled_sum(model, batch.images[:, None], batch.targets, scales)
+        if found is not None:
+            return found
+    return sum_by_example(model, batch, clip)
+
+
+def sum_by_example(model: nn.Module, batch: Batch, clip: float) -> Tensors:
+    """The same for any network, from per-example gradients, of which `CHUNK_BYTES` are held."""
     weights = {k: p.detach() for k, p in model.named_parameters() if p.requires_grad}
 
     def loss(weights: Tensors, image: Tensor, target: Tensor) -> Tensor:
@@ -134,15 +148,19 @@ def clipped_sum(model: nn.Module, batch: Batch, clip: float) -> Tensors:
     for start in range(0, len(batch), chunk):
         part = slice(start, start + chunk)
         grads = each(weights, batch.images[part], batch.targets[part])
-        scale = clip_factors(grads, clip)
+        scale = clip_factors(norms(grads), clip)
         for name, grad in grads.items():
             total[name] += torch.einsum("n,n...->...", scale, grad)
     return total
 
 
-def clip_factors(grads: Tensors, clip: float) -> Float[Tensor, " n"]:
-    """min(1, clip / norm) of each example, the norm taken over all tensors `[n, *parameter]`."""
-    norms = torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+def norms(grads: Tensors) -> Float[Tensor, " n"]:
+    """Each example's norm over all tensors `[n, *parameter]`."""
+    return torch.stack([g.reshape(len(g), -1).norm(dim=1) for g in grads.values()]).norm(dim=0)
+
+
+def clip_factors(norms: Float[Tensor, " n"], clip: float) -> Float[Tensor, " n"]:
+    """min(1, clip / norm) of each example."""
     return (clip / norms).clamp(max=1.0)  # a zero gradient: 1
 
 
