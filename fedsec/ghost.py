@@ -66,8 +66,9 @@ def scaled_sum(
             return None
         norms = torch.stack([p.squares for p in parts.values()]).sum(0).clamp(min=0).sqrt()
         scale = scales(norms)
-        for name, part in parts.items():
-            total[name] += part.total(scale)
+        for name in parts:
+            total[name] += parts[name].total(scale)
+        del parts  # before the next chunk's activations
     return total
 
 
@@ -104,13 +105,14 @@ def _parts(
     if any((use.x._version, use.y._version) != use.versions for use in tape):
         raise _Uncovered("an activation was written to")
     outputs = [use.y for use in tape] + list(copies.values())
-    grads = torch.autograd.grad(losses, outputs, materialize_grads=True) if outputs else ()
+    grads = list(torch.autograd.grad(losses, outputs, materialize_grads=True) if outputs else ())
+    del outputs, losses
     parts: dict[str, _Part] = {}
     with torch.no_grad():
-        for use, g in zip(tape, grads, strict=False):
-            parts |= use.parts(g)
-        for name, g in zip(copies, grads[len(tape) :], strict=True):
-            parts[name] = _kept(g)
+        for name in reversed(copies):
+            parts[name] = _kept(grads.pop())
+        while tape:  # activations go as soon as no part needs them
+            parts |= tape.pop().parts(grads.pop())
     return parts
 
 

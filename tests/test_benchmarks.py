@@ -23,7 +23,7 @@ def loaded(name):
     return module
 
 
-peers, steps = loaded("peers"), loaded("engine")
+peers, steps, private = loaded("peers"), loaded("engine"), loaded("dpsgd")
 
 
 # ---- the peer's problem, restated ---------------------------------------------------------------
@@ -304,3 +304,14 @@ def test_the_engines_table_and_profile_have_a_line_for_each_case(capsys):
     for lanes in ("1 lane", "2 lanes"):
         for when in ("before: autograd", "after: sweeps"):
             assert f"lenet, batch 1, {lanes}, {when}" in said
+
+
+# ---- dpsgd's table ------------------------------------------------------------------------------
+
+
+def test_dpsgds_table_has_a_line_for_each_case(capsys):
+    assert private.main(["--models", "lenet", "resnet20", "--batch", "2", "--turns", "1"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert [line[0] for line in lines] == ["lenet", "resnet20"]
+    assert [line.index("*") for line in lines] == [4, 5], "what dpsgd takes: examples, ghost"
+    assert all(float(cell) > 0 for line in lines for cell in line[2:6] if cell != "*")
