@@ -104,6 +104,13 @@ class DPSGD(Defense):
             return Privacy(rdp, self.delta, "RDP", mechanism=run)
         return Privacy(prv, self.delta, "PRV", others=(("RDP", rdp),), mechanism=run)
 
+    def covers(self, training: Training) -> None:
+        """Without noise there is nothing to cover: an ablation that claims no epsilon."""
+        rule = f"must be below 1/{training.examples}, one over a client's examples: sending one of "
+        rule += "them as it is keeps such a promise; lower it, or noise_multiplier=0 claims nothing"
+        covered = self.noise_multiplier == 0 or self.delta * training.examples < 1
+        require(covered, "delta", rule, f"{self.delta:g}")
+
     def check(self, model: nn.Module) -> None:
         for module in model.modules():
             kind = type(module).__name__

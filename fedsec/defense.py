@@ -139,6 +139,9 @@ class Defense:
     def check_clients(self, clients: int) -> None:
         """Refuse a number of clients with which the defense does nothing."""
 
+    def covers(self, training: Training) -> None:
+        """Refuse a training run, under the defense's own key, whose guarantee would be empty."""
+
 
 def weakest(
     defense: Defense, training: Sequence[Training]
@@ -288,6 +291,13 @@ class Compose(Defense):
     def check_clients(self, clients: int) -> None:
         for part in self.parts:
             part.check_clients(clients)
+
+    def covers(self, training: Training) -> None:
+        for part in self.parts:
+            try:
+                part.covers(training)
+            except Refused as wrong:
+                raise wrong.under(type(part).__name__.lower()) from None
 
 
 def _own(rng: torch.Generator, part: Defense) -> torch.Generator:

@@ -24,7 +24,17 @@ from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.data import Dataset
 from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, weakest
-from fedsec.federation import Craft, Federated, Job, accuracy, check, federate, shares, summed
+from fedsec.federation import (
+    Craft,
+    Federated,
+    Job,
+    accuracy,
+    check,
+    federate,
+    shares,
+    summed,
+    trained,
+)
 from fedsec.flags import suspicious
 from fedsec.privacy import formal, named
 from fedsec.report.numbers import groups, scenarios
@@ -85,6 +95,11 @@ def plan(
     attack.check(model)
     for _, defense in defenses:
         defense.check(model)
+        for training in trained(job, held):
+            try:
+                defense.covers(training)
+            except Refused as wrong:
+                raise wrong.under("defense") from None
         _encodable(settings, dataset, held, probes, defense)
         if attack.tampers:  # it may refuse what it knows by then
             for sent in _crafted(settings, dataset, defense, model, 0)[0]:

@@ -557,6 +557,8 @@ REFUSED = [
     ("attack=linear", r"model: attack=linear needs .* first layer .*\(model=mlp\).*"),
     ("defense=dpsgd model=resnet20 model.width=2",
      r"model\.norm: dpsgd .* use model\.norm=group or model\.norm=none, got BatchNorm2d"),
+    ("defense=dpsgd defense.delta=0.5",
+     r"defense\.delta: must be below 1/\d+, .*; lower it, .*, got 0\.5"),
     ("defense=[prune,dpsgd] model=resnet20 model.width=2", r"model\.norm: dpsgd .*"),
     ("defense=mixup", r"victim_batch: mixup needs at least 4 images in a batch; .*, got 1"),
     ("defense=mixup victim_batch=4 client.batch=2", r"client\.batch: mixup needs .*, got 2"),

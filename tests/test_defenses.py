@@ -340,6 +340,18 @@ def test_dpsgd_says_why_it_guarantees_nothing(change, examples, reason):
     assert reason in claim.reason
 
 
+def test_a_delta_that_promises_nothing_is_refused():
+    loose = DPSGD(clip=1.0, noise_multiplier=1.0, delta=0.002)
+    few, many = (Training(10, examples, 10) for examples in (499, 500))
+    loose.covers(few)
+    with pytest.raises(Refused, match=r"^delta: must be below 1/500, .*; lower it, .*, got 0.002$"):
+        loose.covers(many)
+    with pytest.raises(Refused, match=r"^dpsgd.delta: "):
+        Compose((Prune(ratio=0.5), loose)).covers(many)
+    replace(loose, noise_multiplier=0.0).covers(many)  # an ablation claims nothing
+    Undefended().covers(many)
+
+
 def test_the_client_that_is_worst_off_is_the_guarantee():
     defense = DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-5)
     many, few, none = (Training(10, examples, 10) for examples in (500, 100, 200_000))
