@@ -38,6 +38,7 @@ MODELS = {
     "lenet": models.LeNetSpec(),
     "vit": models.ViTSpec(),
     "resnet20": models.ResNetSpec(norm="group"),
+    "wrn16_4": models.WideResNetSpec(),
     "resnet18": models.ResNet18Spec(norm="group"),
 }
 SHAPE, CLASSES, CLIP = (3, 32, 32), 10, 1.0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from fedsec.models import standardised
 from fedsec.types import Tensors
 
 # Pixels in one pass: activations grow with them, in every network. On a CPU 32 images of CIFAR.
@@ -125,11 +126,12 @@ class _Watched(Tensor):
     key: str  # the parameter's name
     plain: Tensor
     tape: list[_Use]
+    parameter: Tensor | None  # that it was standardised from; None: it is the parameter
 
     @staticmethod
-    def of(plain: Tensor, key: str, tape: list[_Use]) -> _Watched:
+    def of(plain: Tensor, key: str, tape: list[_Use], parameter: Tensor | None = None) -> _Watched:
         watched = plain.as_subclass(_Watched)
-        watched.key, watched.plain, watched.tape = key, plain, tape
+        watched.key, watched.plain, watched.tape, watched.parameter = key, plain, tape, parameter
         return watched
 
     @classmethod
@@ -160,8 +162,16 @@ class _Use:
         """Those of weight and bias, from the gradient of y."""
         parts: dict[str, _Part] = {}
         if 0 in self.own:
-            weight = self.own[0].plain
-            parts[self.own[0].key] = self.rule(self.x.detach(), g, weight, *self.settings)
+            weight = self.own[0]
+            x = self.x.detach()
+
+            def rule(x: Tensor, g: Tensor) -> _Part:
+                return self.rule(x, g, weight.plain, *self.settings)
+
+            if weight.parameter is None:
+                parts[weight.key] = rule(x, g)
+            else:
+                parts[weight.key] = _pulled(rule, x, g, weight.parameter)
         if 1 in self.own:
             bias = self.own[1].plain
             parts[self.own[1].key] = _kept(_folded(g, bias.shape, self.after))
@@ -211,6 +221,12 @@ def _noted(
     return _Noted.apply(x, call(x, w, b), note)  # type: ignore[return-value]
 
 
+def _standardised(weight: _Watched) -> _Watched:
+    if weight.parameter is not None:
+        raise _Uncovered("a weight that is standardised twice")
+    return _Watched.of(standardised(weight.plain), weight.key, weight.tape, weight.plain)
+
+
 def _conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     if isinstance(padding, str):
         raise _Uncovered("padding by name")
@@ -245,6 +261,7 @@ _FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.linear: _linear,
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
+    standardised: _standardised,
 }
 
 
@@ -255,6 +272,21 @@ def _kept(each: Float[Tensor, "n ..."]) -> _Part:
     """From the examples' gradients themselves."""
     flat = each.reshape(len(each), -1)
     return _Part(flat.square().sum(1), lambda scale: (scale @ flat).view_as(each[0]))
+
+
+def _pulled(rule: Callable[..., _Part], x: Tensor, g: Tensor, parameter: Tensor) -> _Part:
+    """Of the parameter whose standardised weight the layer used, by the chain rule.
+
+    One example's gradient at a time, which only its norm outlives.
+    """
+    pull = torch.func.vjp(standardised, parameter)[1]
+
+    def total(some: slice, scale: Tensor) -> Tensor:
+        return pull(rule(x[some], g[some]).total(scale))[0]
+
+    one = torch.ones_like(g[:1].flatten()[:1])
+    squares = [total(slice(i, i + 1), one).square().sum() for i in range(len(x))]
+    return _Part(torch.stack(squares), partial(total, slice(None)))
 
 
 def _folded(g: Tensor, shape: torch.Size, after: int) -> Float[Tensor, "n ..."]:

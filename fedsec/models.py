@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fedsec.checks import Refused, home_read, require
 
 Shape = tuple[int, int, int]  # channels, height, width of an image
+Layer = Callable[..., nn.Module]  # makes one, from its channels
 
 # ---------------------------------------------------------------- parts
 
@@ -299,6 +302,76 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+def standardised(weight: Float[Tensor, "o i h w"]) -> Float[Tensor, "o i h w"]:
+    """Each output's weights with mean 0 and variance 1 / (i h w) (Qiao et al. 2019, section 3).
+
+    Qiao et al. make the variance 1; over i h w is Brock et al. 2021's, which De et al. 2022 took.
+    """
+    if has_torch_function_unary(weight):
+        return handle_torch_function(standardised, (weight,), weight)
+    var, mean = torch.var_mean(weight, (1, 2, 3), correction=0, keepdim=True)
+    return (weight - mean) / ((var + 1e-5) * weight[0].numel()).sqrt()
+
+
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution with its weight standardised in each forward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, standardised(self.weight), self.bias)
+
+
+class WideBlock(nn.Module):
+    """Two 3 x 3 convolutions, each after norm and ReLU, which the projection shares."""
+
+    def __init__(self, before: int, after: int, stride: int, norm: Layer, conv: Layer):
+        super().__init__()
+        self.bn1 = norm(before)
+        self.conv1 = conv(before, after, 3, stride, padding=1)
+        self.bn2 = norm(after)
+        self.conv2 = conv(after, after, 3, padding=1)
+        self.shortcut = conv(before, after, 1, stride) if before != after else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(inner)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(inner))))
+
+
+class WideResNet(nn.Module):
+    """Wide ResNet (Zagoruyko and Komodakis 2016), without dropout.
+
+    De et al. 2022 (section 3.1): 16 groups in each GroupNorm, every convolution standardised.
+    """
+
+    def __init__(
+        self,
+        normalise: nn.Module,
+        shape: Shape,
+        classes: int,
+        norm: str,
+        depth: int,
+        widen: int,
+        standardise: bool,
+    ):
+        super().__init__()
+        self.normalise = normalise
+        conv = partial(StandardisedConv2d if standardise else nn.Conv2d, bias=norm == "none")
+        layer = partial(nn.GroupNorm, 16) if norm == "group" else partial(_norm, norm)
+        self.conv1 = conv(shape[0], 16, 3, padding=1)
+        before, blocks = 16, []
+        for i, after in enumerate((16 * widen, 32 * widen, 64 * widen)):
+            for j in range((depth - 4) // 6):
+                blocks.append(WideBlock(before, after, 2 if i and j == 0 else 1, layer, conv))
+                before = after
+        self.blocks = nn.Sequential(*blocks)
+        self.bn1 = layer(before)
+        self.linear = nn.Linear(before, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.blocks(self.conv1(self.normalise(images)))
+        return self.linear(F.relu(self.bn1(x)).mean((2, 3)))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017), written out: it has second derivatives."""
 
@@ -518,6 +591,30 @@ class ResNetSpec(ModelSpec):
         model = ResNet(normalise, shape, classes, self.norm, self.width, blocks, "A")
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(layer.weight)
+        return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class WideResNetSpec(ModelSpec):
+    """WRN-depth-widen; by default as De et al. 2022 train it with DP-SGD."""
+
+    norm: str = "group"  # 16 groups; batch as published by Zagoruyko and Komodakis, or none
+    depth: int = 16  # 6 n + 4
+    widen: int = 4  # channels of the stages over 16, 32 and 64
+    standardise: bool = True  # the convolutions' weights (Qiao et al. 2019)
+
+    def __post_init__(self):
+        super().__post_init__()
+        fits = self.depth >= 10 and self.depth % 6 == 4
+        require(fits, "depth", "must be 6 n + 4 and at least 10", self.depth)
+        require(self.widen >= 1, "widen", "must be at least 1", self.widen)
+
+    def network(self, normalise: nn.Module, shape: Shape, classes: int) -> nn.Module:
+        sizes = self.depth, self.widen, self.standardise
+        model = WideResNet(normalise, shape, classes, self.norm, *sizes)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight)
         return model
 

@@ -18,7 +18,7 @@ from fedsec.rng import stream
 from fedsec.types import Batch
 
 SHAPE, CLASSES, COUNT = (3, 32, 32), 10, 5
-NARROW = {"width": 8, "hidden": (32, 16), "heads": 2}
+NARROW = {"width": 8, "hidden": (32, 16), "heads": 2, "widen": 1}
 ZOO = presets("model", [OPTIONS])
 
 
@@ -400,4 +400,12 @@ def test_a_broken_version_is_found(breaks, monkeypatch):
     expected = sum_by_example(model, batch, CLIP)
     assert same(ghostly(model, batch, CLIP), expected)
     breaks(monkeypatch)
+    assert not same(ghostly(model, batch, CLIP), expected)
+
+
+def test_a_forgotten_chain_rule_is_found(monkeypatch):
+    model, batch = built("wrn16_4", "group", depth=10), batch_of()
+    expected = sum_by_example(model, batch, CLIP)
+    assert same(ghostly(model, batch, CLIP), expected)
+    monkeypatch.setattr(ghost, "_pulled", lambda rule, x, g, parameter: rule(x, g))
     assert not same(ghostly(model, batch, CLIP), expected)

@@ -25,6 +25,7 @@ from fedsec.models import (
     ResNet18Spec,
     ResNetSpec,
     ViTSpec,
+    WideResNetSpec,
     first_layer,
     last_linear,
     norm_stats,
@@ -43,6 +44,7 @@ SMALL = {
     "convnet": (ConvNetSpec, {"width": 4}),
     "mlp": (MLPSpec, {"hidden": (16, 8)}),
     "resnet18": (ResNet18Spec, {"width": 4}),
+    "wrn10": (WideResNetSpec, {"depth": 10, "widen": 1}),
     "resnet8": (ResNetSpec, {"depth": 8, "width": 4}),
 }
 
@@ -75,6 +77,8 @@ def same(a: dict, b: dict) -> bool:
         (MLPSpec, {}, 5_256_202),  # 1024*3073 + 2*1024*1025 + 10*1025
         (ResNet18Spec, {}, 11_173_962),  # as pytorch-cifar prints
         (ViTSpec, {}, 459_562),  # 4*(12*96*96 + 13*96) + 96*(48 + 1 + 1 + 65 + 2) + 10*97
+        (WideResNetSpec, {"depth": 16}, 2_748_890),  # 2.7 M in De et al.
+        (WideResNetSpec, {"depth": 40}, 8_949_210),  # 8.9 M
         (ResNetSpec, {"depth": 20}, 269_722),  # the rest as akamaster prints
         (ResNetSpec, {"depth": 32}, 464_154),
         (ResNetSpec, {"depth": 44}, 658_586),
@@ -109,6 +113,26 @@ def test_lenet_is_the_published_stack():
     images = torch.rand(3, *SHAPE)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
     torch.testing.assert_close(model(images), plain((images - mean) / std))
+
+
+def test_standardised_weights_have_no_mean_and_the_variance_of_one_over_the_fan_in():
+    weight = 3 + 0.2 * torch.randn(8, 5, 3, 3, dtype=torch.float64)
+    var, mean = torch.var_mean(models.standardised(weight), (1, 2, 3), correction=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean))
+    torch.testing.assert_close(var * 45, torch.ones_like(var), rtol=1e-3, atol=0)
+    alike = models.standardised(1e3 * weight + 7)  # what it takes away has no effect
+    torch.testing.assert_close(alike, models.standardised(weight), rtol=1e-3, atol=0)
+
+
+def test_every_convolution_of_a_wide_resnet_is_standardised():
+    model, images = built(WideResNetSpec, depth=10, widen=1), torch.rand(2, *SHAPE)
+    before = model(images)
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.weight.data.mul_(40).add_(1.0)
+    torch.testing.assert_close(model(images), before, rtol=1e-2, atol=1e-2)
+    plain = built(WideResNetSpec, depth=10, widen=1, standardise=False)
+    assert not any(isinstance(m, models.StandardisedConv2d) for m in plain.modules())
 
 
 def test_normalise_makes_zero_mean_and_unit_variance():
