@@ -55,7 +55,7 @@ def steps(name: str, count: int) -> tuple[int, dict[str, Step]]:
     views, scales = batch.images[:, None], partial(clip_factors, clip=CLIP)
     return sum(p.numel() for p in parameters(model).values()), {
         "plain": lambda: mean_gradient(model, batch),
-        "examples": lambda: sum_by_example(model, batch, CLIP),
+        "examples": lambda: sum_by_example(model, views, batch.targets, CLIP),
         "ghost": lambda: scaled_sum(model, views, batch.targets, scales),
     }
 

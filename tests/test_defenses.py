@@ -241,6 +241,44 @@ def test_dpsgd_without_noise_is_the_plain_loop(model, clip, monkeypatch):
         assert (flat(got) - flat(expected)).abs().max() < 1e-14 * max(1.0, clip)
 
 
+@pytest.mark.parametrize("small", [0, 2**16])  # without and with per-example gradients
+def test_an_examples_gradient_is_that_of_its_views_mean_loss(model, small, monkeypatch):
+    monkeypatch.setattr(dpsgd, "SMALL", small)
+    batch, times = batch_of(6), 5
+    views = dpsgd.augmented(batch.images, times, stream(stream(3).initial_seed(), "augmentations"))
+    each = list(zip(views, batch.targets, strict=True))
+    means = [flat(mean_gradient(model, Batch(v, t.expand(times, -1)))) for v, t in each]
+    clip = float(torch.stack(means).norm(dim=1).median())  # some are cut and some are not
+    defense = DPSGD(clip=clip, noise_multiplier=0.0, delta=1e-5, augmentations=times)
+    got = flat(defense.gradients(model, batch, stream(3), 4))
+    assert (got - clipped(means, clip) / 4).abs().max() < 1e-13
+    early = [flat(mean_gradient(model, Batch(x[None], t[None]))) for v, t in each for x in v]
+    assert (got - clipped(early, clip) / times / 4).abs().max() > 1e-4  # before the mean
+
+
+def clipped(gradients, clip):
+    return sum(g * min(1.0, clip / float(g.norm())) for g in gradients)
+
+
+def test_views_are_flipped_crops_of_the_mirrored_image():
+    images = torch.rand(3, 2, 8, 9)
+    views = dpsgd.augmented(images, 40, stream(0))
+    assert views.shape == (3, 40, 2, 8, 9)
+    padded = torch.nn.functional.pad(images, (4,) * 4, mode="reflect")
+    crops = [padded[:, :, i : i + 8, j : j + 9] for i in range(9) for j in range(9)]
+    crops = torch.stack(crops + [c.flip(3) for c in crops], 1)
+    which = [[int((crops[i] == v).all((1, 2, 3)).nonzero()[0]) for v in views[i]] for i in range(3)]
+    assert len({w for row in which for w in row}) > 60
+    assert 30 < sum(w >= 81 for row in which for w in row) < 90
+    assert dpsgd.augmented(images[:0], 4, stream(0)).shape == (0, 4, 2, 8, 9)
+
+
+def test_augmentations_shift_no_noise(model):
+    loud, none = DPSGD(clip=1.0, noise_multiplier=1.0, delta=1e-5), batch_of(0)
+    sent = [replace(loud, augmentations=k).gradients(model, none, stream(1), 4) for k in (0, 3)]
+    assert torch.equal(flat(sent[0]), flat(sent[1]))
+
+
 def test_dpsgd_that_never_cuts_is_the_mean_gradient(model):
     batch = batch_of(5)
     loose = DPSGD(clip=1e6, noise_multiplier=0.0, delta=1e-5)

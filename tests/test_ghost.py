@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 import defenses.dpsgd as dpsgd
-from defenses.dpsgd import clip_factors, sum_by_example
+from defenses.dpsgd import clip_factors
 from fedsec import ghost
 from fedsec.checks import Refused
 from fedsec.config import OPTIONS, presets
@@ -43,9 +43,14 @@ def built(name: str, norm: str, **fields) -> nn.Module:
     return model.double()
 
 
-def ghostly(model: nn.Module, batch: Batch, clip: float, views: int = 1):
-    images = batch.images[:, None].expand(-1, views, -1, -1, -1)
-    return ghost.scaled_sum(model, images, batch.targets, partial(clip_factors, clip=clip))
+def ghostly(model: nn.Module, batch: Batch, clip: float):
+    return ghost.scaled_sum(
+        model, batch.images[:, None], batch.targets, partial(clip_factors, clip=clip)
+    )
+
+
+def sum_by_example(model: nn.Module, batch: Batch, clip: float):
+    return dpsgd.sum_by_example(model, batch.images[:, None], batch.targets, clip)
 
 
 def median_norm(model: nn.Module, batch: Batch) -> float:
