@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from defenses.dpsgd import clip_factors
+from defenses.dpsgd import clip_factors, norms
 from fedsec.checks import positive
 from fedsec.defense import Defense
 from fedsec.types import Tensors, Update
@@ -37,5 +37,5 @@ class Clip(Defense):
         return replace(update, tensors=self.expected(update.tensors))
 
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
-        factor = clip_factors({k: t[None] for k, t in tensors.items()}, self.norm)[0]
+        factor = clip_factors(norms({k: t[None] for k, t in tensors.items()}), self.norm)[0]
         return {k: factor * t for k, t in tensors.items()}
