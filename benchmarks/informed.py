@@ -42,11 +42,11 @@ def bound(noise: float, pool: int) -> float:
 
 
 def draw(lines: Sequence[dict], path: Path) -> None:
-    import matplotlib
+    import matplotlib  # type: ignore[import-not-found]
     import numpy as np
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot  # type: ignore[import-not-found]
 
     noises, pool = [line["noise"] for line in lines], lines[0]["pool"]
     fine = np.geomspace(noises[0], noises[-1], 100)
