@@ -13,32 +13,42 @@ from fedsec.checks import require
 from fedsec.defense import Defense
 from fedsec.types import Tensors, Update
 
+SCOPES = ("tensor", "global")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prune(Defense):
     """Gradient sparsification: Aji and Heafield, "Sparse communication", EMNLP 2017.
 
-    In each tensor of the update the floor(ratio n) entries of least magnitude become zero; among
-    equal ones the first go first. Zhu et al. (2019) proposed it as a defense, Huang et al. (2021,
-    GradAttack) measured it. Nothing is carried over to the next round (no error feedback).
-    Running statistics are not pruned.
+    The floor(ratio n) entries of least magnitude become zero, of each tensor of the update (`scope`
+    tensor) or of all its entries together (global: one threshold, which empties layers of small
+    gradients first); among equal ones the first go first. Zhu et al. (2019) proposed it as a
+    defense, Huang et al. (2021, GradAttack) measured it. Nothing is carried over to the next round
+    (no error feedback). Running statistics are not pruned.
 
     Guarantee: none. Adaptive attack: the zeros show which entries were dropped, so match only
     under `mask`. Known break: at 90 % images stay recognisable (Huang et al. 2021).
     """
 
-    ratio: float  # in [0, 1), share of each tensor's entries that become zero
+    ratio: float  # in [0, 1), share of the entries that become zero
+    scope: str = "tensor"  # share of each tensor, or of all of them: "tensor" or "global"
 
     def __post_init__(self):
         require(0 <= self.ratio < 1, "ratio", "must be in [0, 1)", self.ratio)
+        rule = f"must be {' or '.join(SCOPES)}"
+        require(self.scope in SCOPES, "scope", rule, self.scope)
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
         return replace(update, tensors=self.expected(update.tensors))
 
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
-        if sent is None:
+        if sent is not None:
+            return {k: torch.where(sent[k] != 0, t, 0) for k, t in tensors.items()}
+        if self.scope == "tensor":
             return {k: self._pruned(t) for k, t in tensors.items()}
-        return {k: torch.where(sent[k] != 0, t, 0) for k, t in tensors.items()}
+        whole = self._pruned(torch.cat([t.flatten() for t in tensors.values()]))
+        parts = whole.split([t.numel() for t in tensors.values()])
+        return {k: p.view_as(t) for (k, t), p in zip(tensors.items(), parts, strict=True)}
 
     def bytes(self, update: Update) -> int:
         """The entries that are not zero, with their 4-byte positions or with a bit for each entry.

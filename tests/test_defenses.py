@@ -460,6 +460,22 @@ def test_prune_counts_are_exact_and_published():
     assert int((Prune(ratio=0.29).update(hundred, stream(0)).tensors["w"] == 0).sum()) == 29
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.99, 0.999])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_prune_drops_its_share_of_a_tensor_or_of_all(ratio, scope):
+    rng = stream(0, "update")
+    tensors = {"small": 1e-3 * torch.randn(40, 50, generator=rng),
+               "large": torch.randn(8000, generator=rng)}  # fmt: skip
+    sent = Prune(ratio=ratio, scope=scope).update(Update(tensors, {}, 1), stream(0)).tensors
+    assert [t.shape for t in sent.values()] == [t.shape for t in tensors.values()]
+    if scope == "tensor":
+        counts = {k: int((t == 0).sum()) for k, t in sent.items()}
+        assert counts == {"small": round(2000 * ratio), "large": round(8000 * ratio)}
+    else:
+        assert torch.equal(flat(sent), pruned_by_sorting(flat(tensors), round(10_000 * ratio)))
+        assert ratio < 0.9 or not sent["small"].any()  # small gradients go first
+
+
 def test_prune_takes_tensors_that_quantile_refuses():
     """Mishap: torch.quantile takes at most 2^24 entries (before torch 2.15)."""
     big = torch.arange(2**24 + 8, dtype=torch.int32).remainder_(1000).float()
@@ -923,6 +939,7 @@ def test_composing_shifts_no_draw():
         (Prune, {"ratio": 1.0}, "ratio"),
         (Prune, {"ratio": -0.1}, "ratio"),
         (Prune, {"ratio": math.nan}, "ratio"),
+        (Prune, {"ratio": 0.9, "scope": "layer"}, "scope"),
         (Mixup, {"k": 1, "upper": 1.0}, "k"),
         (Mixup, {"k": 4, "upper": 0.24}, "upper"),  # no four coefficients could pass
         (Mixup, {"k": 4, "upper": 1.1}, "upper"),
