@@ -43,7 +43,7 @@ class Prune(Defense):
 
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
         if sent is not None:
-            return {k: torch.where(sent[k] != 0, t, 0) for k, t in tensors.items()}
+            return super().expected(tensors, sent)
         if self.scope == "tensor":
             return {k: self._pruned(t) for k, t in tensors.items()}
         whole = self._pruned(torch.cat([t.flatten() for t in tensors.values()]))

@@ -127,6 +127,7 @@ def local_update(
         with _restored(touched) as before, tracking(model):
             for step, batch in enumerate(encoded):
                 tensors = defense.gradients(model, batch, rngs("gradients", step), expected)
+                tensors = defense.perturb(model, batch, tensors, step, rngs("perturb", step))
                 assert tensors.keys() == named.keys(), "a gradient for each trainable parameter"
                 if local.kind == "fedavg":
                     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import nn
@@ -58,6 +59,7 @@ class Defense:
     matched = True  # a match gains by comparing what `expected` makes of its guess
     bounds = False  # its guarantee holds only if no later part changes the update
     sums = False  # clients send changes, also under client=fedavg; the server has their sum alone
+    rereads = False  # `perturb` looks at the private batch again
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
@@ -74,6 +76,12 @@ class Defense:
         from fedsec.client import mean_gradient
 
         return mean_gradient(model, batch)
+
+    def perturb(
+        self, model: nn.Module, batch: Batch, gradient: Tensors, step: int, rng: torch.Generator
+    ) -> Tensors:
+        """What the local step of this number, from 0, takes instead of its gradient on `batch`."""
+        return gradient
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
         """What is sent instead of `update`."""
@@ -118,9 +126,12 @@ class Defense:
         """What becomes of an update, but for noise. Works under torch.func.
 
         `sent`: what became of the update that is looked for, if no noise covers it. Of several
-        outcomes this is the one nearest to it.
+        outcomes this is the one nearest to it: here zero where `mask` says that it was dropped.
         """
-        return tensors
+        mask = None if sent is None else self.mask(Update(sent, {}, 1))
+        if mask is None:
+            return tensors
+        return {k: torch.where(mask[k], t, 0) for k, t in tensors.items()}
 
     def mask(self, update: Update) -> Tensors | None:
         """Which entries of a sent update are worth comparing; None: all."""
@@ -174,6 +185,10 @@ class Compose(Defense):
             why = "mixing lets one example touch several clipped gradients, and no epsilon holds"
             names = ", ".join(type(p).__name__.lower() for p in self.parts)
             raise Refused("defense", f"do not combine: {why}", names)
+        if self.poisson and self.rereads:
+            why = "one reads private images after the noise was added, and no epsilon holds"
+            names = ", ".join(type(p).__name__.lower() for p in self.parts)
+            raise Refused("defense", f"do not combine: {why}", names)
 
         sealing = [type(p).__name__.lower() for p in self.parts if type(p).seal is not Defense.seal]
         if len(sealing) > 1:
@@ -206,6 +221,10 @@ class Compose(Defense):
     def sums(self) -> bool:  # type: ignore[override]
         return any(p.sums for p in self.parts)
 
+    @property
+    def rereads(self) -> bool:  # type: ignore[override]
+        return any(p.rereads for p in self.parts)
+
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:
             batch = part.batch(batch, _own(rng, part))
@@ -218,6 +237,13 @@ class Compose(Defense):
             if _steps(part):
                 return part.gradients(model, batch, _own(rng, part), expected)
         return super().gradients(model, batch, rng, expected)
+
+    def perturb(
+        self, model: nn.Module, batch: Batch, gradient: Tensors, step: int, rng: torch.Generator
+    ) -> Tensors:
+        for part in self.parts:
+            gradient = part.perturb(model, batch, gradient, step, _own(rng, part))
+        return gradient
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
         for part in self.parts:
@@ -262,9 +288,10 @@ class Compose(Defense):
         return tensors
 
     def mask(self, update: Update) -> Tensors | None:
-        """That of the last part that has one, if no noise covers it."""
+        """Entries that every part left, of the parts that no noise covers."""
         masks = [part.mask(update) for part, _, covered in self._order() if not covered]
-        return next((mask for mask in reversed(masks) if mask is not None), None)
+        masks = [mask for mask in masks if mask is not None]
+        return reduce(_both, masks) if masks else None
 
     def noise(self, local: Local) -> tuple[float, float]:
         """Not known where entries are rounded at random, or changed when noise is in them."""
@@ -300,6 +327,10 @@ class Compose(Defense):
                 raise wrong.under(type(part).__name__.lower()) from None
 
 
+def _both(one: Tensors, other: Tensors) -> Tensors:
+    return {k: kept & other[k] for k, kept in one.items()}
+
+
 def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
     return stream(rng.initial_seed(), type(part).__name__)
 
@@ -314,9 +345,14 @@ def _draws(part: Defense) -> bool:
     return any(part.noise(Local("gradient", 1.0, 1, 1)))
 
 
+def _drops(part: Defense) -> bool:
+    """Whether it leaves out entries of an update."""
+    return type(part).mask is not Defense.mask
+
+
 def _changes(part: Defense) -> bool:
     """Whether entries of an update that it sends are other than they came."""
-    return type(part).expected is not Defense.expected and type(part).mask is Defense.mask
+    return type(part).expected is not Defense.expected and not _drops(part)
 
 
 def parts(defense: Defense) -> Sequence[Defense]:
@@ -357,6 +393,6 @@ def matched(defense: Defense, local: Local, directions: bool = False) -> Defense
             or not (_changes(part) or (covered and local.parts))
         )
     ]
-    if all(type(part).expected is Defense.expected for part in kept):
+    if not any(_changes(part) or _drops(part) for part in kept):
         return None
     return Compose(kept)

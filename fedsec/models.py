@@ -66,12 +66,15 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 @contextmanager
-def tracking(model: nn.Module) -> Iterator[None]:
-    """Within it, BatchNorm in train mode updates its running statistics as PyTorch's does."""
+def tracking(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within it, BatchNorm in train mode updates its running statistics as PyTorch's does.
+
+    With `on` false it does not, whatever holds around it.
+    """
     layers = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
     before = [layer.track for layer in layers]
     for layer in layers:
-        layer.track = True
+        layer.track = on
     try:
         yield
     finally:

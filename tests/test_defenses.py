@@ -851,6 +851,7 @@ def run(defense, seed: int = 0):
     before = copy.deepcopy((model.state_dict(), batch, update))
     encoded = defense.batch(batch, stream(seed, "batch"))
     grads = defense.gradients(model, encoded, stream(seed, "gradients"), 6)
+    grads = defense.perturb(model, encoded, grads, 0, stream(seed, "perturb"))
     sent = defense.update(update, stream(seed, "update"))
     after = (model.state_dict(), batch, update)
     for old, new in zip(before, after, strict=True):
