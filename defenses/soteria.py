@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsec.checks import require
 from fedsec.defense import Defense
-from fedsec.models import last_linear, tracking
+from fedsec.models import drawing, last_linear, tracking
 from fedsec.rng import stream
 from fedsec.types import Batch, Tensors, Update
 
@@ -61,7 +61,7 @@ class Soteria(Defense):
 
     def scores(self, model: nn.Module, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
         """|r_i| / |d r_i / d x| of each image's features; 0 where r_i is."""
-        with tracking(model, False), torch.enable_grad():
+        with tracking(model, False), drawing(model, False), torch.enable_grad():
             x = images.detach().requires_grad_()
             r = _features(model, x)
             rows = torch.zeros_like(r, requires_grad=True)  # J' rows is linear in them

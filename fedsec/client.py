@@ -100,7 +100,7 @@ def client_streams(seed: int, client: int, round: int, *kind: str | int) -> Stre
 
 def encode(batches: Sequence[Batch], defense: Defense, rngs: Streams) -> list[Batch]:
     """What the loss sees in each local step, instead of the private batches."""
-    with _own_draws(rngs("batch draws", 0), batches[0].images.device):
+    with own_draws(rngs("batch draws", 0), batches[0].images.device):
         return [defense.batch(batch, rngs("batch", step)) for step, batch in enumerate(batches)]
 
 
@@ -117,14 +117,14 @@ def local_update(
     A function of its arguments only: it leaves `model` as it was, and what layers (dropout) and
     libraries draw comes from `rngs` too. `expected` is the batch size that the sampling aims at.
     """
-    from fedsec.models import tracking
+    from fedsec.models import drawing, tracking
 
     assert local.kind == "fedavg" or len(batches) == 1, "a gradient has one step"
     encoded, named = encode(batches, defense, rngs), parameters(model)
     touched = buffers(model) | (named if local.kind == "fedavg" else {})
     tensors: Tensors = {}
-    with _own_draws(rngs("layer draws", 0), encoded[0].images.device):
-        with _restored(touched) as before, tracking(model):
+    with own_draws(rngs("layer draws", 0), encoded[0].images.device):
+        with _restored(touched) as before, tracking(model), drawing(model):
             for step, batch in enumerate(encoded):
                 tensors = defense.gradients(model, batch, rngs("gradients", step), expected)
                 tensors = defense.perturb(model, batch, tensors, step, rngs("perturb", step))
@@ -236,7 +236,7 @@ def _restored(tensors: Tensors) -> Iterator[Tensors]:
 
 
 @contextmanager
-def _own_draws(rng: torch.Generator, device: torch.device) -> Iterator[None]:
+def own_draws(rng: torch.Generator, device: torch.device) -> Iterator[None]:
     """The process's global generators seeded from `rng` inside, and as they were afterwards."""
     import numpy as np
 

@@ -60,6 +60,14 @@ class Defense:
     bounds = False  # its guarantee holds only if no later part changes the update
     sums = False  # clients send changes, also under client=fedavg; the server has their sum alone
     rereads = False  # `perturb` looks at the private batch again
+    layers = False  # `mask` names whole layers, which noise does not bring back
+
+    def architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        """The network that server, clients and attack use instead; `model` may be changed.
+
+        Layers that draw are `fedsec.models.Random`; new weights are drawn from `rng`.
+        """
+        return model
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
@@ -225,6 +233,11 @@ class Compose(Defense):
     def rereads(self) -> bool:  # type: ignore[override]
         return any(p.rereads for p in self.parts)
 
+    def architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
+        for part in self.parts:
+            model = part.architecture(model, _own(rng, part))
+        return model
+
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:
             batch = part.batch(batch, _own(rng, part))
@@ -284,13 +297,13 @@ class Compose(Defense):
 
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
         for part, _, covered in self._order():
-            tensors = part.expected(tensors, None if covered else sent)
+            tensors = part.expected(tensors, sent if part.layers or not covered else None)
         return tensors
 
     def mask(self, update: Update) -> Tensors | None:
-        """Entries that every part left, of the parts that no noise covers."""
-        masks = [part.mask(update) for part, _, covered in self._order() if not covered]
-        masks = [mask for mask in masks if mask is not None]
+        """Entries that every part left; where noise came later, of the parts that drop layers."""
+        own = [p.mask(update) for p, _, covered in self._order() if p.layers or not covered]
+        masks = [mask for mask in own if mask is not None]
         return reduce(_both, masks) if masks else None
 
     def noise(self, local: Local) -> tuple[float, float]:

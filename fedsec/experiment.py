@@ -31,6 +31,7 @@ from fedsec.federation import (
     accuracy,
     check,
     federate,
+    initial,
     shares,
     summed,
     trained,
@@ -90,10 +91,9 @@ def plan(
     if "labels" not in settings.threat.grants:
         for _, defense in defenses:
             labels.fits(attack.labels, _most(settings, held, defense), dataset.classes)
-    rng = stream(values.seed, "model")
-    model = settings.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
-    attack.check(model)
-    for _, defense in defenses:
+    models = [initial(job_of(settings, device, probes, d), dataset) for _, d in defenses]
+    for (_, defense), model in zip(defenses, models, strict=True):
+        attack.check(model)
         defense.check(model)
         for training in trained(job, held):
             try:
@@ -104,6 +104,7 @@ def plan(
         if attack.tampers:  # it may refuse what it knows by then
             for sent in _crafted(settings, dataset, defense, model, 0)[0]:
                 defense.check(sent)
+    model = models[-1]
     if values.threads == "auto":
         torch.set_num_threads(_threads(_stack_gflop(settings, dataset, model), _cores()))
     else:

@@ -28,6 +28,7 @@ from fedsec.client import (
     joined,
     local_update,
     mean_update,
+    own_draws,
     parameters,
     schedule,
 )
@@ -155,9 +156,7 @@ class Site:
     def __init__(self, job: Job, dataset: Any):
         self.job, self.dataset = job, dataset
         self.shares = shares(dataset, job.federation, job.clients, job.seed)
-        rng = stream(job.seed, "model")
-        built = job.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
-        self.model: nn.Module = built.to(job.device)
+        self.model: nn.Module = initial(job, dataset).to(job.device)
 
     def work(self, client: int, round: int, probe: int | None, query: int = 0) -> Work:
         """What `client` does in `round`: its training, or one of the job's probes.
@@ -205,6 +204,14 @@ class Site:
         rng = stream(self.job.seed, "server", round)
         defense = self.job.defense
         return defense.release(defense.mean(updates), len(updates), rng)
+
+
+def initial(job: Job, dataset: Any) -> nn.Module:
+    """The model before the first round, on the CPU, with what the defense changes about it."""
+    rng = stream(job.seed, "model")
+    model = job.model.build(dataset.shape, dataset.classes, dataset.mean, dataset.std, rng)
+    changed = job.defense.architecture(model, stream(job.seed, "model", "defense"))
+    return changed.train(model.training)
 
 
 def state(model: nn.Module) -> Tensors:
@@ -381,14 +388,18 @@ def summed(exchanges: list[Exchange], clients: int | None) -> list[Exchange]:
 def _exchange(
     site: Site, round: int, model: nn.Module, client: int, probe: int | None, update: Update
 ) -> Exchange:
-    from fedsec.models import norm_stats
+    from fedsec.models import drawing, norm_stats
 
     job = site.job
     work = site.work(client, round, probe)
     # Local steps cycle over a probe's images; its first pass shows each of them once.
     count = None if probe is None else len(job.probes[probe][1])
     trained = work.joined(encode(work.batches, job.defense, work.rngs), count)
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        drawing(model),
+        own_draws(work.rngs("layer draws", 0), trained.images.device),
+    ):
         stats = norm_stats(model, trained.images) if len(trained) else ()
     return Exchange(
         round=round,

@@ -52,8 +52,9 @@ class Misfit:
 
     Squared error for Gaussian noise (and for a mix with Laplace, by their variance), absolute error
     for Laplace noise. `nats` is False where no noise is known of: then it is the squared error over
-    the sent update's square. An unknown defense may have changed the length of the update, so that
-    clean ones are scaled to fit first: it is one minus the squared cosine similarity.
+    the square of what is compared of the sent update. An unknown defense may have changed the
+    length of the update, so that clean ones are scaled to fit first: it is one minus the squared
+    cosine similarity.
     """
 
     def __init__(self, sent: Tensors, local: Local, defense: Defense | None):
@@ -64,7 +65,8 @@ class Misfit:
         gaussian, laplace = (sd * local.diluted for sd in defense.noise(local))
         variance = gaussian**2 + laplace**2
         self.nats, self.absolute = variance > 0, gaussian == 0 < laplace
-        square = max(1e-300, sum(float(t.double().square().sum()) for t in sent.values()))
+        kept = sent if self.mask is None else {k: t * self.mask[k] for k, t in sent.items()}
+        square = max(1e-300, sum(float(t.double().square().sum()) for t in kept.values()))
         scale = math.sqrt(2) / laplace if self.absolute else None
         self.scale = scale or (1 / (2 * variance) if self.nats else 1 / square)
 

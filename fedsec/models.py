@@ -82,6 +82,29 @@ def tracking(model: nn.Module, on: bool = True) -> Iterator[None]:
             layer.track = track
 
 
+class Random(nn.Module):
+    """A layer that draws while a client computes its update, see `drawing`; elsewhere it does not.
+
+    So the same module serves the client, and attacks, which cannot know its draws.
+    """
+
+    draws = False
+
+
+@contextmanager
+def drawing(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Within it, random layers draw from PyTorch's own generators; not so with `on` false."""
+    layers = [m for m in model.modules() if isinstance(m, Random)]
+    before = [layer.draws for layer in layers]
+    for layer in layers:
+        layer.draws = on
+    try:
+        yield
+    finally:
+        for layer, draws in zip(layers, before, strict=True):
+            layer.draws = draws
+
+
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """A list that fills with (mean, biased variance) of each BatchNorm's input, in module order.
@@ -121,6 +144,15 @@ def last_linear(model: nn.Module) -> tuple[str, nn.Linear]:
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     require(len(layers) > 0, "model", "must have a fully connected layer", type(model).__name__)
     return layers[-1]
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> nn.Module:
+    """`model` with another layer in the place of that name; "" is the model itself."""
+    if not name:
+        return layer
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+    return model
 
 
 def first_layer(model: nn.Module) -> tuple[str, nn.Module]:

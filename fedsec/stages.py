@@ -55,8 +55,9 @@ def smooth(
     tenth of the entries, with 300 to 800 steps; TV and the fade were chosen likewise at 340 steps.
     """
     update = seen.sent
-    if "defense" in seen.grants and seen.defense.mask(update) is not None:
-        known = torch.stack([(t != 0).flatten(1).sum(1) for t in update.tensors.values()]).sum(0)
+    mask = seen.defense.mask(update) if "defense" in seen.grants else None
+    if mask is not None:
+        known = torch.stack([kept.flatten(1).sum(1) for kept in mask.values()]).sum(0)
     else:
         first = next(iter(update.tensors.values()))
         known = first.new_full((len(first),), sum(t[0].numel() for t in update.tensors.values()))
