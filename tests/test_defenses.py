@@ -42,12 +42,13 @@ class Scaled(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(2, 4, 3)
         self.norm = nn.GroupNorm(2, 4)
+        self.act = nn.Sigmoid()
         self.linear = nn.Linear(4 * 4 * 4, 3)
         self.scale = nn.Parameter(torch.tensor(3.0))  # 0-dimensional
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
 
     def forward(self, images):
-        hidden = torch.sigmoid(self.norm(self.conv(images)))
+        hidden = self.act(self.norm(self.conv(images)))
         return self.scale * self.linear(hidden.flatten(1)) * self.frozen
 
 
@@ -884,7 +885,8 @@ def test_hooks_change_nothing_they_were_given_and_follow_the_stream(name):
     other = run(PRESETS[name], seed=1)
     changed = [not torch.equal(a, b) for a, b in zip(first, other, strict=True)]
     draws = {"dpsgd": [2], "mixup": [0, 1, 2], "instahide": [0, 1, 2], "noise": [3],
-             "quantize": [3]}  # fmt: skip
+             "quantize": [3], "manifold_mixup": [2], "ats": [0, 2], "censor": [2],
+             "outpost": [2]}  # fmt: skip
     assert [i for i, c in enumerate(changed) if c] == draws.get(name, [])
 
 
@@ -892,7 +894,7 @@ def test_the_presets_are_found():
     assert set(PRESETS) >= {"none", "dpsgd", "prune", "mixup", "instahide", "noise", "sign",
                             "quantize", "clip"}  # fmt: skip
     assert {n for n, d in PRESETS.items() if d.rounds} == {"sign", "quantize"}
-    assert {n for n, d in PRESETS.items() if d.mixes} == {"mixup", "instahide"}
+    assert {n for n, d in PRESETS.items() if d.mixes} == {"mixup", "instahide", "manifold_mixup"}
     assert {n for n, d in PRESETS.items() if d.poisson} == {"dpsgd"}
     training = Training(steps=10, examples=500, batch=10)
     claims = {n for n, d in PRESETS.items() if d.privacy(training) is not None}
