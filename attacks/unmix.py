@@ -54,6 +54,8 @@ class Unmix(Attack):
     def _one(self, seen, rng, progress) -> Reconstruction:
         """One victim's sources, or its encodings and why."""
         mixer = unmix.mixer(seen.defense, Mixup, InstaHide)
+        if isinstance(mixer, InstaHide) and mixer.inter:  # public images differ: too few equations
+            mixer = None
         hard, spent = labels.targets_of(seen, [rng])
         targets = seen.labels if "labels" in seen.grants else None
         found, told = unmix.exact(EXACT, seen, rng, targets)

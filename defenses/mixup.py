@@ -60,10 +60,10 @@ def mixing(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, 
     order = torch.rand(n, n, generator=rng)
     order.fill_diagonal_(-1.0)  # its own image comes first
     partners = order.argsort(dim=1)[:, :k]
-    return torch.zeros(n, n).scatter(1, partners, _coefficients(n, k, upper, rng))
+    return torch.zeros(n, n).scatter(1, partners, coefficients(n, k, upper, rng))
 
 
-def _coefficients(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, "n k"]:
+def coefficients(n: int, k: int, upper: float, rng: torch.Generator) -> Float[Tensor, "n k"]:
     def draw(rows: int) -> Tensor:
         magnitude = torch.randn(rows, k, generator=rng).abs()
         return magnitude / magnitude.sum(dim=1, keepdim=True)

@@ -69,6 +69,10 @@ class Defense:
         """
         return model
 
+    def supplied(self, public: Batch) -> Defense:
+        """The defense with public images at hand, if it needs any."""
+        return self
+
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
         return batch
@@ -237,6 +241,9 @@ class Compose(Defense):
         for part in self.parts:
             model = part.architecture(model, _own(rng, part))
         return model
+
+    def supplied(self, public: Batch) -> Defense:
+        return Compose(tuple(part.supplied(public) for part in self.parts))
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:

@@ -83,7 +83,7 @@ def plan(
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # ten bits drown what tells two gradients apart
     dataset: Dataset = settings.data.load()
-    defenses = _defenses(settings)
+    defenses = _defenses(settings, dataset)
     job = job_of(settings, device, (), settings.defense)
     held = shares(dataset, job.federation, values.clients, values.seed)
     probes = () if values.victim_batch == "same" else _probes(settings, held)
@@ -659,8 +659,9 @@ def _device_name(device: str, threads: int) -> str:
     return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _defenses(settings: Settings) -> tuple[tuple[str, Defense], ...]:
+def _defenses(settings: Settings, dataset: Dataset) -> tuple[tuple[str, Defense], ...]:
     name, defense = settings.names["defense"], settings.defense
+    defense = defense.supplied(_aux(dataset, settings.values.seed))
     if name == CONTROL or not settings.values.control:
         return ((name, defense),)
     return ((CONTROL, Compose(())), (name, defense))
