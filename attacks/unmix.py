@@ -53,9 +53,7 @@ class Unmix(Attack):
 
     def _one(self, seen, rng, progress) -> Reconstruction:
         """One victim's sources, or its encodings and why."""
-        mixer = unmix.mixer(seen.defense, Mixup, InstaHide)
-        if isinstance(mixer, InstaHide) and mixer.inter:  # public images differ: too few equations
-            mixer = None
+        mixer = _mixer(seen.defense)
         hard, spent = labels.targets_of(seen, [rng])
         targets = seen.labels if "labels" in seen.grants else None
         found, told = unmix.exact(EXACT, seen, rng, targets)
@@ -92,3 +90,8 @@ class Unmix(Attack):
     def _match(self, seen, targets, tv: float, rng, progress) -> Reconstruction:
         search = engine.spectral(steps=self.steps, lr=self.lr, priors=priors.smooth(seen, tv))
         return engine.match(seen, targets, search, [rng], progress)
+
+
+def _mixer(defense):
+    found = unmix.mixer(defense, Mixup, InstaHide)  # with public images: too few equations
+    return None if isinstance(found, InstaHide) and found.inter else found

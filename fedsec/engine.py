@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from fedsec import sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
-from fedsec.defense import Defense, clips, matched
+from fedsec.defense import Compose, Defense, clips, matched, parts
 from fedsec.rules import PHOTOGRAPHS, Adam, Schedule, Spectrum, StepRule, anneal, constant
 from fedsec.threat import Observation
 from fedsec.types import Local, Reconstruction, Tensors
@@ -460,6 +460,7 @@ class _Lanes:
         self.observed: Tensors = update.tensors
         self.search, self.model, self.local = search, seen.model, seen.step
         self.distance, self.per_example = search.distance, None
+        self.victims = len(next(iter(self.observed.values())))
         if "defense" in seen.grants:
             # clients who all count the same say 1, whatever they used
             single = update.count == seen.count == seen.step.steps == 1
@@ -476,7 +477,6 @@ class _Lanes:
         self.informed = [p for _, p in search.priors if isinstance(p, Informed)]
         self.fading = [w for w, _ in search.priors if isinstance(w, Fade)]
         self.one_gradient = self.local.kind == "gradient" and not self.local.parts
-        self.victims = len(next(iter(self.observed.values())))
         parameter = next(self.model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         # a tensor, which a recorded step reads anew; before a search, weights are its last ones
@@ -508,6 +508,10 @@ class _Lanes:
         made = matched(defense, self.local, directions=self.search.distance is cosine)
         if made is not None:
             self.distance = through(made, self.search.distance)
+            left = Compose([part for part in parts(made) if part.layers])
+            sent = [{k: t[v] for k, t in self.observed.items()} for v in range(self.victims)]
+            kept = [left.expected(each, each) for each in sent]  # of the guess, too
+            self.observed = {k: torch.stack([each[k] for each in kept]) for k in self.observed}
         # of one example, a scaled gradient points where the whole one does
         one_scaled = single and self.search.distance is cosine
         if clips(defense) and not one_scaled:

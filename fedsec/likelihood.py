@@ -58,15 +58,15 @@ class Misfit:
     """
 
     def __init__(self, sent: Tensors, local: Local, defense: Defense | None):
-        self.sent, self.known = sent, defense is not None
+        self.known = defense is not None
         defense = defense or Defense()
         self.mask = defense.mask(Update(sent, {}, 0))
         self.expected = defense.expected
         gaussian, laplace = (sd * local.diluted for sd in defense.noise(local))
         variance = gaussian**2 + laplace**2
         self.nats, self.absolute = variance > 0, gaussian == 0 < laplace
-        kept = sent if self.mask is None else {k: t * self.mask[k] for k, t in sent.items()}
-        square = max(1e-300, sum(float(t.double().square().sum()) for t in kept.values()))
+        self.sent = sent if self.mask is None else {k: t * self.mask[k] for k, t in sent.items()}
+        square = max(1e-300, sum(float(t.double().square().sum()) for t in self.sent.values()))
         scale = math.sqrt(2) / laplace if self.absolute else None
         self.scale = scale or (1 / (2 * variance) if self.nats else 1 / square)
 
