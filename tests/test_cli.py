@@ -76,6 +76,20 @@ def strict(text: str):
     return json.loads(text, parse_constant=refuse)
 
 
+def test_what_an_informed_adversary_names_stands_beside_the_bound(go, tmp_path):
+    words = ("attack=candidates", "threat=informed_labels", "candidates=12", "defense=dpsgd")
+    more = ("defense.noise_multiplier=0.001", "rounds=0", "control=false")
+    status, out, err = go(*words, *more, steps=0)
+    assert (status, err) == (0, "")
+    written = strict((tmp_path / "out" / "run.json").read_text())["privacy"]
+    (found,) = written["measured"]
+    assert found["name"] == "naming 1 of 12"
+    assert found["right"] == found["made"] > 0  # hardly any noise
+    assert (found["value"], found["bound"], found["chance"]) == (1.0, 1.0, 1.0)
+    assert "what is proven at most, and what was measured" in out
+    assert re.search(r"naming 1 of 12 .* 100 % \[", out)
+
+
 def test_a_run_writes_what_the_contract_says(go, tmp_path):
     status, out, err = go("defense=dpsgd", "rounds=2")
     assert (status, err) == (0, "")
