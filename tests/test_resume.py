@@ -343,6 +343,7 @@ def _timeless(monkeypatch):
 
     monkeypatch.setattr(cost.Clock, "__exit__", leaving)
     monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
 
 
 def dies(monkeypatch, looks: int, error: type[BaseException]) -> None:
