@@ -526,3 +526,31 @@ def test_the_page_opens_in_chromium(tmp_path, width, scheme):
     # the corner shows the page's own background, light or dark, and the page is not empty
     assert (pixels[2, 2] > 250).all() if scheme else (pixels[2, 2] < 40).all()
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 500
+
+
+def test_what_is_proven_stands_beside_what_was_measured(tmp_path):
+    def line(name, value, kind="bound", how="PRV", **more):
+        return {"name": name, "value": value, "kind": kind, "how": how, **more}
+
+    claim = {
+        "epsilon": 2.5, "delta": 1e-5, "accountant": "PRV",
+        "formal": [line("epsilon", 2.5), line("mu", 0.5, "approximation"),
+                   line("mu ", 12.0, "approximation"), line("naming 1 of 10", 0.219)],
+        "formal_update": [line("naming 1 of 10", 0.389), line("epsilon", 4.4, how="Gaussian")],
+        "measured": [line("naming 1 of 10", 0.25, "measured", low=0.07, high=0.59, chance=0.5)],
+    }  # fmt: skip
+    folder = _standard(tmp_path, privacy=claim)
+    ((name, facts),) = words.private(numbers.groups([records.read(folder)]))
+    assert name == "dpsgd"  # the control claims nothing
+    assert facts[:-2] == [
+        ("epsilon, PRV", "2.5", words.ABSENT, words.ABSENT),
+        ("epsilon, Gaussian", words.ABSENT, "4.4", words.ABSENT),
+        ("mu", "about 0.5", words.ABSENT, words.ABSENT),
+        ("mu ", words.ABSENT, words.ABSENT, words.ABSENT),  # its central limit says nothing
+        ("naming 1 of 10", "21.9 %", "38.9 %", "25 % [7, 59]"),
+    ]
+    assert [fact[0] for fact in facts[-2:]] == ["PSNR, dB", "the best null's PSNR, dB"]
+    page = _page(folder)
+    assert "What is proven at most, and what was measured" in page
+    assert "25\u00a0% [7,\u00a059]" in page
+    assert "is proven at most" not in _page(_standard(tmp_path / "plain"))

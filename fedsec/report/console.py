@@ -57,7 +57,8 @@ def show(runs: Sequence[Run], console) -> None:
     if claimed:
         console.print(Text(f"\n{PROVEN}", "bold"))
     for name, facts in claimed:
-        rows = [(f"  {name}", *KINDS.values()), *((f"  {what}", *rest) for what, *rest in facts)]
+        console.print(Text(_wrapped(name, wide, "  ")))
+        rows = [("", *KINDS.values()), *((f"    {what}", *rest) for what, *rest in facts)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         for first, *rest in rows:
             cells = (cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True))

@@ -37,7 +37,7 @@ FACTS = {
 }
 
 PROVEN = "what is proven at most, and what was measured"
-KINDS = {"formal": "whole run", "formal_update": "one update", "measured": "measured on one"}
+KINDS = {"formal": "whole run", "formal_update": "one update", "measured": "measured"}
 ROUGH = 10.0  # mu from which on its central limit says nothing
 Fact = tuple[str, ...]  # what, and a figure of each of `KINDS`
 Cell = tuple[str, str]  # a value, and its interval or a remark
@@ -171,11 +171,13 @@ def _proven(group: Group) -> list[Fact]:
     facts: dict[str, dict[str, str]] = {}
     for key in KINDS:
         for line in claim.get(key, ()):
-            what = line["name"] + (f", {line['how']}" if line["name"] == "epsilon" else "")
+            how = line["how"].replace(", converted by", " by")
+            what = line["name"] + (f", {how}" if line["name"] == "epsilon" else "")
             facts.setdefault(what, {})[key] = _line(line)
     if not facts:
         return []
     psnr, null = (" ".join(_cell(group.estimate(key), 1)) for key in ("psnr", "null_psnr"))
+    facts = dict(sorted(facts.items(), key=lambda fact: not fact[0].startswith("epsilon")))
     facts["PSNR, dB"] = {"measured": psnr}
     facts["the best null's PSNR, dB"] = {"measured": null}
     return [(what, *(told.get(key, ABSENT) for key in KINDS)) for what, told in facts.items()]
