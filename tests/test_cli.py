@@ -485,12 +485,12 @@ def line(err: str) -> str:
 REFUSED = [
     # unknown options, groups, keys and flags
     ("attack=nope", r"attack: must be among april, .*, linear, .*, rgap, .*, got nope"),
-    ("defense=nope", r"defense: must be among clip, .*, got nope"),
+    ("defense=nope", r"defense: must be among ats, .*, got nope"),
     ("threat=nope", r"threat: must be among eavesdropper, .*, got nope"),
     ("data=nope", r"data: must be among cifar10, .*, got nope"),
     ("model=nope", r"model: must be among cnn6, .*, got nope"),
     ("federation=nope", r"federation: must be among inline, ray, got nope"),
-    ("defense=[prune,nope]", r"defense: must be among clip, .*, got nope"),
+    ("defense=[prune,nope]", r"defense: must be among ats, .*, got nope"),
     ("nope=dlg", r"nope: no such key, got dlg"),
     ("attack.nope=1", r"attack\.nope: no such key, got 1"),
     ("+attack.nope=1", r"attack\.nope: no such key; there are: rule, steps, lr, tv, .*, got 1"),

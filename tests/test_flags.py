@@ -10,12 +10,13 @@ import torch
 from test_configs import options, preset
 
 from fedsec import flags, records
+from fedsec.client import client_streams, local_update
 from fedsec.defense import Compose, Defense
 from fedsec.models import LeNetSpec
 from fedsec.report import numbers, words
 from fedsec.rng import stream
 from fedsec.run import CONFIGS
-from fedsec.types import Batch, Party, Update
+from fedsec.types import Batch, Local, Party
 
 ROOT = CONFIGS.parent
 NULL = 14.0
@@ -162,16 +163,16 @@ def test_a_defense_says_whether_it_draws(name):
     model = LeNetSpec(norm="none", mode="train", weights=None, mean=None, std=None, init="uniform")
     built = model.build((3, 16, 16), 4, (0.5,) * 3, (0.2,) * 3, stream(0, "model"))
 
-    def sent(rng: torch.Generator) -> torch.Tensor:
-        seen = defense.batch(batch, rng)
-        gradient = defense.gradients(built, seen, rng, len(seen))
-        update = defense.update(Update(gradient, {}, len(seen)), rng)
-        update = defense.seal(update, Party(0, 2, rng.initial_seed(), 0, ("train",)))
+    built = defense.architecture(built, stream(0, "architecture"))
+
+    def sent(seed: int) -> torch.Tensor:
+        local, rngs = Local("gradient", 1.0), client_streams(seed, 0, 0)
+        update, _ = local_update(built, [batch], defense, local, rngs, len(batch))
+        update = defense.seal(update, Party(0, 2, seed, 0, ("train",)))
         return torch.cat([t.flatten() for t in update.tensors.values()])
 
-    same = torch.equal(sent(stream(0, "defense")), sent(stream(0, "defense")))
-    assert same
-    assert defense.random == (not torch.equal(sent(stream(0, "defense")), sent(stream(1, "other"))))
+    assert torch.equal(sent(0), sent(0))
+    assert defense.random == (not torch.equal(sent(0), sent(1)))
     assert Compose((Defense(), defense)).random == defense.random
 
 
