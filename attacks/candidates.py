@@ -10,7 +10,7 @@ from torch import Tensor
 from fedsec import cost, solve
 from fedsec.attack import Attack
 from fedsec.checks import at_least
-from fedsec.defense import Defense
+from fedsec.defense import Defense, parts
 from fedsec.likelihood import NATS, Pool
 from fedsec.models import BatchNorm2d, last_linear
 
@@ -73,6 +73,8 @@ def _words(seen, pool: Pool, misfit: float, lead: float) -> Iterator[str]:
         yield "candidates: BatchNorm joins the images of the batch, and single ones were compared"
     if seen.count > 1 and (pool.defense or Defense()).rounds:
         yield "candidates: the defense rounds their sum, and single ones were compared"
+    if seen.count > 1 and any(not part.turns for part in parts(pool.defense or Defense())):
+        yield "candidates: the defense scales their sum, and single ones were compared"
     if seen.count > 1 and pool.local.kind == "fedavg" and pool.local.steps > 1:
         yield "candidates: local steps join the images of the batch, and single ones were compared"
     if not pool.misfit.nats and misfit > FITS:

@@ -99,8 +99,13 @@ class _Priced(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
         (grad,), (price,) = grad_outputs, ctx.saved_tensors
         return grad, torch.ones_like(price)
+
+    @staticmethod
+    def jvp(ctx, *grad_inputs: Tensor) -> Tensor:
+        return grad_inputs[0].clone()  # of the value: a price is no part of it

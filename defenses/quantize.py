@@ -83,7 +83,8 @@ class Quantize(Defense):
     def bytes(self, update: Update) -> int:
         """`bits` for an entry, and the step of each tensor."""
         whole = [self._levels(t)[0] for t in update.tensors.values()]
-        if any(((w - w.round()).abs() > 1e-3).any() for w in whole):
+        rounding = max(1e-3, 4e-7 * self.levels)
+        if any(((w - w.round()).abs() > rounding).any() for w in whole):
             return super().bytes(update)
         entries = sum(4 + -(-t.numel() * self.bits // 8) for t in update.tensors.values())
         return entries + sum(t.nbytes for t in update.buffers.values())

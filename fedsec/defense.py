@@ -202,7 +202,7 @@ class Compose(Defense):
             names = ", ".join(type(p).__name__.lower() for p in self.parts)
             raise Refused("defense", f"do not combine: {why}", names)
 
-        sealing = [type(p).__name__.lower() for p in self.parts if type(p).seal is not Defense.seal]
+        sealing = [type(p).__name__.lower() for p in self.parts if _seals(p)]
         if len(sealing) > 1:
             raise Refused("defense", "at most one defense may mask updates", ", ".join(sealing))
         for part, *later in (self.parts[i:] for i in range(len(self.parts))):
@@ -294,8 +294,9 @@ class Compose(Defense):
         return min((part.bytes(update) for part in self.parts), default=super().bytes(update))
 
     def privacy(self, training: Training) -> Privacy | None:
+        """The first one's that has an epsilon: what comes after a part does not weaken it."""
         claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
-        return claims[0] if claims else None
+        return min(claims, key=lambda claim: claim.epsilon is None, default=None)
 
     def per_example(self, gradients: Tensors) -> Tensors:
         for part in self.parts:
@@ -303,7 +304,8 @@ class Compose(Defense):
         return gradients
 
     def expected(self, tensors: Tensors, sent: Tensors | None = None) -> Tensors:
-        for part, _, covered in self._order():
+        # what is left out of a comparison is left out last: it does count for a norm
+        for part, _, covered in sorted(self._order(), key=lambda each: each[0].layers):
             tensors = part.expected(tensors, sent if part.layers or not covered else None)
         return tensors
 
@@ -315,7 +317,9 @@ class Compose(Defense):
 
     def noise(self, local: Local) -> tuple[float, float]:
         """Not known where entries are rounded at random, or changed when noise is in them."""
-        changes = [(part, noisy) for part, noisy, _ in self._order() if _changes(part)]
+        # the rounding before a mask is noise of its own, in what `noise` says
+        order = [(part, noisy) for part, noisy, _ in self._order() if not _seals(part)]
+        changes = [(part, noisy) for part, noisy in order if _changes(part)]
         lost = (noisy or (part.random and not _draws(part)) for part, noisy in changes)
         if any(lost):
             return 0.0, 0.0
@@ -324,12 +328,11 @@ class Compose(Defense):
 
     def _order(self) -> list[tuple[Defense, bool, bool]]:
         """Each part; whether noise is in what it gets, and whether noise covers what it makes."""
+        parts = sorted(self.parts, key=_seals)  # masks come last
         # a gradient step's noise comes before all that changes updates
-        first = any(_draws(part) and _steps(part) for part in self.parts)
-        later = [_draws(part) and not _steps(part) for part in self.parts]
-        return [
-            (part, first or any(later[:i]), any(later[i:])) for i, part in enumerate(self.parts)
-        ]
+        first = any(_draws(part) and _steps(part) for part in parts)
+        later = [_draws(part) and not _steps(part) for part in parts]
+        return [(part, first or any(later[:i]), any(later[i:])) for i, part in enumerate(parts)]
 
     def check(self, model: nn.Module) -> None:
         for part in self.parts:
@@ -358,6 +361,11 @@ def _own(rng: torch.Generator, part: Defense) -> torch.Generator:
 def _steps(part: Defense) -> bool:
     """Whether it computes the gradient."""
     return type(part).gradients is not Defense.gradients
+
+
+def _seals(part: Defense) -> bool:
+    """Whether it masks updates."""
+    return type(part).seal is not Defense.seal
 
 
 def _draws(part: Defense) -> bool:

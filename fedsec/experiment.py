@@ -91,6 +91,10 @@ def plan(
     if "labels" not in settings.threat.grants:
         for _, defense in defenses:
             labels.fits(attack.labels, _most(settings, held, defense), dataset.classes)
+    if "candidates" in settings.threat.grants:
+        most = max(_most(settings, held, defense) for _, defense in defenses)
+        rule = f"must be above the {most} images behind an update"
+        require(values.candidates > most, "candidates", rule, values.candidates)
     models = [initial(job_of(settings, device, probes, d), dataset) for _, d in defenses]
     for (_, defense), model in zip(defenses, models, strict=True):
         attack.check(model)
@@ -488,7 +492,8 @@ class _Run:
         written["formal_update"] = [asdict(line) for line in formal(update, claim.delta)]
         alone = [row for row in rows if row.batch == 1 and row.mse is not None]
         if "candidates" in self.settings.threat.grants and alone:
-            pool, right = self.values.candidates, sum(row.mse == 0 for row in alone)
+            pool = min(self.values.candidates, len(self.plan.dataset.train))
+            right = sum(row.mse == 0 for row in alone)
             measured = named(right, len(alone), pool, update, f"attack={alone[0].attack}")
             written["measured"] = [asdict(measured)]
         return written

@@ -20,7 +20,8 @@ from fedsec.records import Run
 from fedsec.report.numbers import config, inner
 
 HEAD = ("defense", "seeds", "accuracy %", "lost, points", "s/round", "x none", "bytes", "x none")
-ATTACKING = ("attack", "threat", "victim_batch", "lpips", "attack_rounds")  # keys of no price
+# keys of no price
+ATTACKING = ("attack", "threat", "victim_batch", "lpips", "attack_rounds", "candidates")
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,16 @@ def test_what_an_informed_adversary_names_stands_beside_the_bound(go, tmp_path):
     assert re.search(r"naming 1 of 12 .* 100 % \[", out)
 
 
+def test_a_pool_has_the_size_that_bounds_are_said_of(go, tmp_path):
+    words = ("attack=candidates", "threat=informed_labels", "defense=dpsgd", "rounds=0")
+    status, _, err = go(*words, "candidates=2", "victim_batch=2", steps=0)
+    assert status == 1
+    assert line(err) == "candidates: must be above the 2 images behind an update, got 2"
+    assert go(*words, "candidates=5000", "control=false", steps=0)[0] == 0
+    written = strict((tmp_path / "out" / "run.json").read_text())["privacy"]
+    assert written["measured"][0]["name"] == "naming 1 of 80"  # as many as there are
+
+
 def test_a_run_writes_what_the_contract_says(go, tmp_path):
     status, out, err = go("defense=dpsgd", "rounds=2")
     assert (status, err) == (0, "")

@@ -11,9 +11,10 @@ import torch
 from test_defenses import DP, batch_of
 from torch.nn.functional import cross_entropy
 
+from defenses.clip import Clip
 from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
-from defenses.precode import Bottleneck, Precode
+from defenses.precode import BOTTLENECK, Bottleneck, Precode, priced
 from defenses.prune import Prune
 from fedsec import engine
 from fedsec.checks import Refused
@@ -128,6 +129,24 @@ def test_server_clients_and_attack_have_one_architecture(photos):
         assert seen.model.state_dict().keys() == defended.state_dict().keys()
         assert seen.update.tensors.keys() == dict(defended.named_parameters()).keys()
     assert done.model.state_dict().keys() == defended.state_dict().keys()
+
+
+def test_lengths_are_compared_before_layers_are_left_out():
+    """The order of the two is nothing to the client, and so to who knows them."""
+    sent = {"conv": torch.full((100,), 0.01), f"{BOTTLENECK}.w": torch.full((100,), 0.2)}
+    clean = {k: 50 * t for k, t in sent.items()}
+    clip = Clip(norm=float(torch.cat(list(sent.values())).norm()))
+    for parts in ((PRECODE, clip), (clip, PRECODE)):
+        found = Compose(parts).expected(clean, sent)
+        assert torch.allclose(found["conv"], sent["conv"])
+        assert not found[f"{BOTTLENECK}.w"].any()
+
+
+def test_its_price_has_no_tangent():
+    value, price = torch.randn(3, 4), torch.tensor(2.0)
+    moved = torch.func.jvp(priced, (value, price), (torch.ones(3, 4), torch.tensor(5.0)))
+    assert torch.equal(moved[0], value)
+    assert torch.equal(moved[1], torch.ones(3, 4))
 
 
 def test_who_knows_it_compares_only_the_layers_before(photos):

@@ -474,6 +474,8 @@ def test_bytes_of_coarse_entries():
     some = Update({"w": torch.tensor([0.0, 1.0, -2.0, 0.0])}, {}, 1)
     assert sign.bytes(sign.update(some, stream(0))) == 1 + 4
     assert coarse.bytes(coarse.update(plain, stream(0))) == 500 + 4 + 1 + 4
+    fine = Quantize(bits=16, rounding="nearest")
+    assert fine.bytes(fine.update(plain, stream(0))) == 2000 + 4 + 2 + 4
     for defense in (sign, coarse):  # what it did not make does not fit its encoding
         assert defense.bytes(plain) == 4 * 1001
     both = Compose((Prune(ratio=0.9), sign))
@@ -482,10 +484,14 @@ def test_bytes_of_coarse_entries():
 
 def test_noise_of_an_own_draw_is_known_after_another_part():
     local = Local("gradient", 1.0, 1, 1)
-    both = Compose((LOCAL, SecAgg(bound=8.0, bits=20)))
+    masks = SecAgg(bound=8.0, bits=20)
     assert LOCAL.noise(local)[0] > 0
     assert Compose((LOCAL,)).noise(local) == LOCAL.noise(local)
-    assert both.noise(local) == (0.0, 0.0)  # rounding of what is noisy
+    known = math.hypot(LOCAL.noise(local)[0], masks.noise(local)[0]), 0.0
+    assert Compose((LOCAL, masks)).noise(local) == known  # masks come last, wherever they stand
+    assert Compose((masks, LOCAL)).noise(local) == known
+    rounded = Compose((LOCAL, Quantize(bits=4, rounding="nearest")))
+    assert rounded.noise(local) == (0.0, 0.0)
 
 
 def test_bytes_are_those_of_the_natural_encoding():

@@ -167,7 +167,7 @@ def private(found: Sequence[Group]) -> list[tuple[str, list[Fact]]]:
 
 def _proven(group: Group) -> list[Fact]:
     claims = [] if group.control else [inner(run, "privacy") for run in group.runs]
-    claim = max(claims, key=lambda c: c.get("epsilon") or math.inf, default={})
+    claim = max(claims, key=_weakness, default={})
     facts: dict[str, dict[str, str]] = {}
     for key in KINDS:
         for line in claim.get(key, ()):
@@ -181,6 +181,10 @@ def _proven(group: Group) -> list[Fact]:
     facts["PSNR, dB"] = {"measured": psnr}
     facts["the best null's PSNR, dB"] = {"measured": null}
     return [(what, *(told.get(key, ABSENT) for key in KINDS)) for what, told in facts.items()]
+
+
+def _weakness(claim: dict) -> float:
+    return math.inf if claim.get("epsilon") is None else claim["epsilon"]
 
 
 def _line(line: dict) -> str:
