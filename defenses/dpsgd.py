@@ -76,7 +76,7 @@ class DPSGD(Defense):
             draws = stream(rng.initial_seed(), "augmentations")
             views = augmented(batch.images, self.augmentations, draws)
         return {
-            name: (total + deviation * _normal_like(total, rng)) / expected
+            name: (total + deviation * normal_like(total, rng)) / expected
             for name, total in clipped_sum(model, batch, self.clip, views).items()
         }
 
@@ -207,5 +207,5 @@ def clip_factors(norms: Float[Tensor, " n"], clip: float) -> Float[Tensor, " n"]
     return (clip / norms).clamp(max=1.0)  # a zero gradient: 1
 
 
-def _normal_like(tensor: Tensor, rng: torch.Generator) -> Tensor:
+def normal_like(tensor: Tensor, rng: torch.Generator) -> Tensor:
     return torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype).to(tensor.device)

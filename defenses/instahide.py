@@ -79,6 +79,10 @@ class Inter(InstaHide):
     def supplied(self, public: Batch) -> InstaHide:
         return self
 
+    @property
+    def published(self) -> InstaHide:
+        return InstaHide(k=self.k, upper=self.upper, inter=True)
+
     def mix(self, batch: Batch, rng: torch.Generator) -> Batch:
         n = len(batch)
         if n == 0:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from defenses.dpsgd import normal_like
 from fedsec.checks import require
 from fedsec.defense import RELEASED, SENT, Defense, Privacy, Training, bare
 from fedsec.types import Local, Tensors, Update
@@ -128,8 +129,4 @@ class UserDP(Defense):
 
 def _noisy(tensors: Tensors, deviation: float, rng: torch.Generator) -> Tensors:
     """Gaussian noise on every entry, a draw for each tensor in their order."""
-    return {k: t + deviation * _normal_like(t, rng) for k, t in tensors.items()}
-
-
-def _normal_like(tensor: Tensor, rng: torch.Generator) -> Tensor:
-    return torch.randn(tensor.shape, generator=rng, dtype=tensor.dtype).to(tensor.device)
+    return {k: t + deviation * normal_like(t, rng) for k, t in tensors.items()}

@@ -45,8 +45,8 @@ def named(runs: Sequence[Run], by: str | None = None) -> list[str]:
     left_out = ("out=", "seed=", "-", "hydra.", *([f"{by}=", f"{by}."] if by else []))
     words = []
     for run in runs:
-        said = shlex.split(str((run.run or {}).get("command", "")))
-        words.append([w for w in said if "=" in w and not w.startswith(left_out)])
+        typed = shlex.split(str((run.run or {}).get("command", "")))
+        words.append([w for w in typed if "=" in w and not w.startswith(left_out)])
     shared = set(words[0]).intersection(*words)
     names = [" ".join(w for w in each if w not in shared) or "as it is" for each in words]
     each = {(name, row.seed, _value(row, by), run.folder)
@@ -109,7 +109,7 @@ def beside(found: Sequence[Cell]) -> list[list[str]]:
         for value in rest:
             if value in same and first in same:
                 gap, pairs = difference(same[value], same[first])
-                words += [_said(gap, "+"), str(pairs)]
+                words += [said(gap, "+"), str(pairs)]
             else:
                 words += ["", ""]
         table.append(words)
@@ -119,7 +119,7 @@ def beside(found: Sequence[Cell]) -> list[list[str]]:
 def _mean(cell: Cell | None) -> str:
     if cell is None:
         return ""
-    return _said(stats.bootstrap(list(cell.scores.values()), _clusters(list(cell.scores))), "")
+    return said(stats.bootstrap(list(cell.scores.values()), _clusters(list(cell.scores))), "")
 
 
 def lines(found: Sequence[Cell], to: str | None) -> list[list[str]]:
@@ -136,7 +136,7 @@ def lines(found: Sequence[Cell], to: str | None) -> list[list[str]]:
             words += ["", "", ""]
         else:
             gap, pairs = difference(cell, other)
-            words += [name, _said(gap, "+"), str(pairs)]
+            words += [name, said(gap, "+"), str(pairs)]
         table.append(words)
     return table
 
@@ -154,7 +154,7 @@ def _beside(cell: Cell, found: Sequence[Cell], to: str | None) -> tuple[str, Cel
     return f"round {youngest.round}", youngest
 
 
-def _said(interval: stats.Interval, sign: str) -> str:
+def said(interval: stats.Interval, sign: str) -> str:
     mean, low, high = interval
     if mean is None:
         return ""

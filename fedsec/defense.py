@@ -73,6 +73,11 @@ class Defense:
         """The defense with public images at hand, if it needs any."""
         return self
 
+    @property
+    def published(self) -> Defense:
+        """What the fact `defense` tells: its parameters, and not what it was supplied with."""
+        return self
+
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         """What the loss is computed on, instead of the private batch."""
         return batch
@@ -244,6 +249,10 @@ class Compose(Defense):
 
     def supplied(self, public: Batch) -> Defense:
         return Compose(tuple(part.supplied(public) for part in self.parts))
+
+    @property
+    def published(self) -> Defense:
+        return Compose(tuple(part.published for part in self.parts))
 
     def batch(self, batch: Batch, rng: torch.Generator) -> Batch:
         for part in self.parts:

@@ -69,7 +69,7 @@ class Clients:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in update.tensors)
         self.local = seen.step
-        self.defense = seen.defense if "defense" in seen.grants else Defense()
+        self.defense = seen.defense.supplied(seen.aux) if "defense" in seen.grants else Defense()
         like = next(self.model.parameters())
         self.aux = Batch(seen.aux.images.to(like), seen.aux.targets.to(like))
         self.count, self.streams = seen.count, streams

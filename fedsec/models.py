@@ -71,15 +71,8 @@ def tracking(model: nn.Module, on: bool = True) -> Iterator[None]:
 
     With `on` false it does not, whatever holds around it.
     """
-    layers = [m for m in model.modules() if isinstance(m, BatchNorm2d)]
-    before = [layer.track for layer in layers]
-    for layer in layers:
-        layer.track = on
-    try:
+    with _switched(model, BatchNorm2d, "track", on):
         yield
-    finally:
-        for layer, track in zip(layers, before, strict=True):
-            layer.track = track
 
 
 class Random(nn.Module):
@@ -94,15 +87,22 @@ class Random(nn.Module):
 @contextmanager
 def drawing(model: nn.Module, on: bool = True) -> Iterator[None]:
     """Within it, random layers draw from PyTorch's own generators; not so with `on` false."""
-    layers = [m for m in model.modules() if isinstance(m, Random)]
-    before = [layer.draws for layer in layers]
+    with _switched(model, Random, "draws", on):
+        yield
+
+
+@contextmanager
+def _switched(model: nn.Module, kind: type[nn.Module], switch: str, on: bool) -> Iterator[None]:
+    """Within it, that switch of all layers of a kind."""
+    layers = [m for m in model.modules() if isinstance(m, kind)]
+    before = [getattr(layer, switch) for layer in layers]
     for layer in layers:
-        layer.draws = on
+        setattr(layer, switch, on)
     try:
         yield
     finally:
-        for layer, draws in zip(layers, before, strict=True):
-            layer.draws = draws
+        for layer, was in zip(layers, before, strict=True):
+            setattr(layer, switch, was)
 
 
 @contextmanager

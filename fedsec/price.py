@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fedsec import process, records, stats
 from fedsec.checks import Refused, require
-from fedsec.compare import CONTROL, shown
+from fedsec.compare import CONTROL, said, shown
 from fedsec.records import Run
 from fedsec.report.numbers import config, inner
 
@@ -88,7 +88,7 @@ def lines(found: dict[tuple[str, Setting], tuple[Prices, Prices]]) -> list[list[
     for (name, setting), (own, plain) in found.items():
         seeds = list(own)
         accuracy = stats.bootstrap([_percent(own[s].accuracy) for s in seeds], seeds)
-        words = [_named(name, setting, list(found)), str(len(seeds)), _said(accuracy, "")]
+        words = [_named(name, setting, list(found)), str(len(seeds)), said(accuracy, "")]
         nothing = Price(None, None, None)
         there = [plain.get(s, nothing) for s in seeds]
         lost = stats.paired_difference(
@@ -96,7 +96,7 @@ def lines(found: dict[tuple[str, Setting], tuple[Prices, Prices]]) -> list[list[
             [_percent(own[s].accuracy) for s in seeds],
             seeds,
         )
-        words.append("" if name == CONTROL else _said(lost, "+"))
+        words.append("" if name == CONTROL else said(lost, "+"))
         for field, digits in (("seconds", 3), ("sent", 0)):
             pairs = [(getattr(own[s], field), getattr(p, field))
                      for s, p in zip(seeds, there, strict=True)]  # fmt: skip
@@ -122,13 +122,6 @@ def _percent(share: float | None) -> float | None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _said(interval: stats.Interval, sign: str) -> str:
-    mean, low, high = interval
-    if mean is None:
-        return ""
-    return f"{mean:{sign}.1f}" + ("" if low is None else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsec.checks import Refused, require
+from fedsec.defense import Defense
 from fedsec.types import Batch, Exchange, Local, Update
 
 Stack = Sequence[Exchange]  # exchanges that share one model
@@ -56,6 +57,11 @@ def _aggregate(stack: Stack) -> Update:
     sums = [e.aggregate for e in stack]
     assert all(s is not None for s in sums), "the harness computes aggregates for every round"
     return _stacked([s for s in sums if s is not None])
+
+
+def _published(defense: object) -> Defense:
+    assert isinstance(defense, Defense), "the harness provides the defense when it is granted"
+    return copy.deepcopy(defense.published)
 
 
 def _pool(stack: Stack, name: str) -> list[Batch]:
@@ -109,8 +115,8 @@ FACTS: dict[str, Callable[[Stack], object]] = {
     "mode": lambda stack: stack[0].mode,
     # the least and the greatest value of a pixel
     "data_range": lambda stack: (0.0, 1.0),
-    # the defense and its public parameters (Kerckhoffs); never its random draws
-    "defense": lambda stack: copy.deepcopy(stack[0].defense),
+    # the defense and its public parameters (Kerckhoffs); never its random draws, nor images
+    "defense": lambda stack: _published(stack[0].defense),
     # the same clients' earlier updates, oldest first
     "history": lambda stack: [
         _stacked([e.history[i] for e in stack]) for i in range(len(stack[0].history))

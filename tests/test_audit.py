@@ -204,7 +204,7 @@ class ClipsTheBatch(DPSGD):
         norm = torch.cat([g.flatten() for g in mean.values()]).norm()
         factor = (self.clip / norm).clamp(max=1.0)
         std = self.noise_std(expected)
-        return {k: factor * g + std * dpsgd._normal_like(g, rng) for k, g in mean.items()}
+        return {k: factor * g + std * dpsgd.normal_like(g, rng) for k, g in mean.items()}
 
 
 class SkipsScalars(DPSGD):
@@ -223,7 +223,7 @@ class NoisesNoScalars(DPSGD):
         total = dpsgd.clipped_sum(model, batch, self.clip)
         std = self.noise_multiplier * self.clip
         return {
-            k: (t + std * dpsgd._normal_like(t, rng) if t.dim() else t) / expected
+            k: (t + std * dpsgd.normal_like(t, rng) if t.dim() else t) / expected
             for k, t in total.items()
         }
 

@@ -135,7 +135,7 @@ class ClipsTheMean(DPSGD):
         return {k: (g * factor + self._noise(g, rng)) / expected for k, g in mean.items()}
 
     def _noise(self, like, rng):
-        return self.noise_multiplier * self.clip * dpsgd._normal_like(like, rng)
+        return self.noise_multiplier * self.clip * dpsgd.normal_like(like, rng)
 
 
 class ClipsEachTensor(DPSGD):
@@ -190,7 +190,7 @@ class OneDrawForAllTensors(DPSGD):
         state, deviation = rng.get_state(), self.noise_std(expected)
         for k, g in sent.items():
             rng.set_state(state)
-            sent[k] = g + deviation * dpsgd._normal_like(g, rng)
+            sent[k] = g + deviation * dpsgd.normal_like(g, rng)
         return sent
 
 

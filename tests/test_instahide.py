@@ -48,6 +48,16 @@ def mixes_two_with_public_ones(defense: Inter) -> bool:
     )
 
 
+def test_its_parameters_are_published_and_its_images_are_not():
+    assert supplied().published == ASKED
+    both = Compose((supplied(), Noise(std=0.1, distribution="gaussian"))).published
+    assert isinstance(both, Compose)
+    assert both.parts[0] == ASKED
+    kept = [v for part in both.parts for v in vars(part).values() if isinstance(v, torch.Tensor)]
+    assert kept == []
+    assert any(isinstance(v, torch.Tensor) for v in vars(supplied()).values())
+
+
 class TellsOfPublicOnes(Inter):
     def mix(self, batch, rng):
         mix = super().mix(batch, rng)
