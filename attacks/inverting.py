@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from fedsec import engine, labels, priors, rules
 from fedsec.attack import Attack
-from fedsec.checks import at_least, one_of, positive
+from fedsec.checks import at_least, one_of, positive, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Inverting(Attack):
     variation: str = "anisotropic"  # or double_opponent: one of priors.VARIATIONS
     restarts: int  # random starts, the best objective wins, >= 1
     patience: int  # steps without progress that end a restart, >= 0; 0: none do
+    half: float = 0.0  # share of the steps, from the first on, in bfloat16 where layers allow, <= 1
     halving: bool  # give up the worse half of the restarts after 1/8, 1/4 and 1/2 of the steps
     labels: str = "auto"  # how withheld ones are recovered: auto or one of labels.METHODS
 
@@ -41,7 +42,8 @@ class Inverting(Attack):
         one_of(self, "rule", "signed", "spectral")
         one_of(self, "variation", *priors.VARIATIONS)
         at_least(self, 1, "steps", "restarts", "fade")
-        at_least(self, 0, "tv", "patience", "power")
+        at_least(self, 0, "tv", "patience", "power", "half")
+        require(self.half <= 1, "half", "must be at most 1", self.half)
         positive(self, "lr")
         labels.known(self.labels)
 
@@ -65,6 +67,6 @@ class Inverting(Attack):
             search = replace(search, rule=signed, schedule=decay, spread=1.0, spectrum=None)
         else:
             search = replace(search, spectrum=self.power)
-        search = replace(search, patience=self.patience, halving=self.halving)
+        search = replace(search, patience=self.patience, halving=self.halving, half=self.half)
         targets, spent = labels.targets_of(seen, rngs, self.labels)
         return engine.match(seen, targets, search, rngs, progress, spent)

@@ -8,7 +8,8 @@
 
 Columns, for one lane: `plain`, milliseconds of one forward and backward pass; then as multiples of
 it, the median over turns that they take with it: `twin`, an eager double backward; `autograd`, the
-engine without sweeps; `sweeps`, the engine's step. GFLOP are counted: of the double backward, which
+engine without sweeps; `sweeps`, the engine's step; `half`, the same in bfloat16, where the layers
+have such a way. GFLOP are counted: of the double backward, which
 records state, and of the sweeps. MB: what the sweeps' step adds to memory in use, of all lanes.
 """
 
@@ -70,22 +71,25 @@ def ways(
     name: str, mode: str, count: int, lanes: int, device: torch.device
 ) -> tuple[float, dict[str, Step]]:
     """GFLOP of a double backward, and a plain pass and the step's ways on one problem."""
-    spec, half = MODELS[name], (0.5,) * 3
-    model = spec.build(SHAPE, CLASSES, half, half, stream(0, "model")).to(device)
+    spec, grey = MODELS[name], (0.5,) * 3
+    model = spec.build(SHAPE, CLASSES, grey, grey, stream(0, "model")).to(device)
     model.train(mode == "train").requires_grad_(False)
     rng = stream(0, "images")
     x = torch.rand(count, *SHAPE, generator=rng).to(device)
     targets = torch.eye(CLASSES)[torch.randint(CLASSES, (count,), generator=rng)].to(device)
-    shapes = [(k, p.shape) for k, p in model.named_parameters()]
-    update = {k: torch.randn(1, *s, generator=rng).mul(0.01).to(device) for k, s in shapes}
+    private = torch.rand(count, *SHAPE, generator=rng).to(device)
+    update = {k: g[None] for k, g in gradients(model, private, targets, False).items()}
     known = {"model": model, "update": Update(update, {}, count), "count": count, "shape": SHAPE}
     seen = Observation("benchmark", known)
     search = engine.Search(distance=engine.cosine, rule=rules.Adam(lr=0.1), steps=1, restarts=lanes)
     stack = engine._Lanes(seen, targets[None], search)
+    halved = engine._Lanes(seen, targets[None], engine.replace(search, half=1.0))
     z = stack.begin([stream(0, "attack")])
     active = torch.zeros(lanes, dtype=torch.long, device=device)
     step = engine.recorded(stack.objective, device)
-    return stack.gflop_step, {
+    rough = engine.recorded(halved.objective, device)
+    in_half: dict[str, Step] = {"half": lambda: rough(z, active)} if halved.halved else {}
+    return stack.gflop_step, in_half | {
         "plain": lambda: gradients(model, x, targets, False),
         "twin": lambda: double_backward(model, x, targets, update),
         "autograd": lambda: stack.by_autograd(z, active),
@@ -99,14 +103,15 @@ def row(name: str, mode: str, count: int, lanes: int, options: argparse.Namespac
     device = torch.device(options.device)
     double, steps = ways(name, mode, count, lanes, device)
     did = cost.flops(steps.pop("eager")) / lanes
-    each = {"plain": 1, "twin": 1, "autograd": lanes, "sweeps": lanes}
+    each = {"plain": 1, "twin": 1, "autograd": lanes, "sweeps": lanes, "half": lanes}
     with cost.Clock(device) as clock:
         steps["sweeps"]()
     plain, ratio = median_ratios(steps, each, options.seconds, device.type == "cuda")
+    half = f"{ratio['half']:.2f}" if "half" in ratio else "-"
     memory = "-" if clock.peak_mb is None else f"{clock.peak_mb:.0f}"
     return (
         f"{name:9}{mode:6}{count:5}{lanes:6}{1e3 * plain:10.2f}{ratio['twin']:8.2f}"
-        f"{ratio['autograd']:10.2f}{ratio['sweeps']:8.2f}{double:10.3f}{did:9.3f}"
+        f"{ratio['autograd']:10.2f}{ratio['sweeps']:8.2f}{half:>6}{double:10.3f}{did:9.3f}"
         f"{memory:>8}"
     )
 
@@ -221,9 +226,10 @@ def main(arguments: list[str]) -> int:
     lanes = options.lanes or [1, 4, 16, *([64, 256] if gpu else [])]
     machine = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}   {machine}   threads {torch.get_num_threads()}")
-    print(f"{'multiples of plain':>55}{'GFLOP: double':>20}")
+    print(f"{'multiples of plain':>55}{'GFLOP: double':>26}")
     print(
-        "model    mode  batch lanes  plain ms    twin  autograd  sweeps  backward   sweeps      MB"
+        "model    mode  batch lanes  plain ms    twin  autograd  sweeps  half  backward   sweeps"
+        "      MB"
     )
     cases = [(m, k, b) for m in options.models for b in options.batch for k in options.mode]
     for name, mode, count in cases:

@@ -300,8 +300,8 @@ def step_lr(steps: int) -> rules.Schedule:
     return lambda step: 0.1 ** sum(step >= steps // part for part in (2.667, 1.6, 1.142))
 
 
-def as_the_peer(steps: int, tuned: Tuned) -> Attack:
-    """The peer's invertinggradients on fedsec's engine."""
+def as_the_peer(steps: int, tuned: Tuned, half: float = 0.0) -> Attack:
+    """The peer's invertinggradients on fedsec's engine; `half` of the steps in bfloat16."""
     search = engine.Search(
         distance=engine.cosine,
         priors=((tuned.tv, padded_variation),),
@@ -309,6 +309,7 @@ def as_the_peer(steps: int, tuned: Tuned) -> Attack:
         schedule=step_lr(steps),
         steps=steps,
         boxed=True,
+        half=half,
     )
     return lambda seen, rngs, progress: engine.match(seen, seen.labels, search, rngs, progress)
 
@@ -341,11 +342,13 @@ def race(
 ) -> list[list[float]]:
     """Seconds a lane-step: the peer's, fedsec's with one victim, and with several, in turns.
 
-    All are warmed up first; fedsec's first calls, compilation included, are printed.
+    All are warmed up first; fedsec's first calls, compilation included, are printed. Where
+    fedsec's own attack takes steps in bfloat16, these are timed.
     """
+    half = float(own(args.attack_overrides).half > 0)
 
     def pace(lanes: int) -> float:
-        outcome = by_fedsec(case, as_the_peer(STEPS, tuned), range(lanes), lanes)
+        outcome = by_fedsec(case, as_the_peer(STEPS, tuned, half), range(lanes), lanes)
         return per_step(outcome, STEPS) / lanes
 
     begun = time.perf_counter()

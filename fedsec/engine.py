@@ -22,7 +22,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from fedsec import sweeps
+from fedsec import half, sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
 from fedsec.defense import Compose, Defense, clips, matched, parts
@@ -217,6 +217,12 @@ class Search:
     patience: int = 0  # steps without a fall of the objective that end the lane; 0: none do
     halving: bool = False  # after 1/8, 1/4 and 1/2 of the steps a victim's better lanes go on
     direction: bool = False  # only the update's direction counts: its length is made one first
+    half: float = 0.0  # share of the steps, from the first on, whose convolutions are bfloat16
+
+    @property
+    def exact_from(self) -> int:
+        """The first step that is not in half precision."""
+        return round(self.half * self.steps)
 
 
 def spectral(
@@ -285,6 +291,11 @@ def match(
     objective = recorded(lanes.objective, x.device)
     for step in range(first, search.steps + 1):  # the last look evaluates, and does not move
         lanes.weigh(step)
+        if 0 < step == search.exact_from and lanes.rough is not None:
+            lanes.rough = None
+            best, _ = lanes.objective(best_x, torch.arange(len(best_x), device=x.device))
+            mark[:], fallen[:] = torch.finfo(best.dtype).max, step
+            objective = recorded(lanes.objective, x.device)
         loss, gradient = objective(x, active)
         better = loss < best[active]  # false for NaN
         best[active] = torch.where(better, loss, best[active])
@@ -324,6 +335,8 @@ def match(
     found = lanes.reconstruction(best, best_x, moves, looks, lost)
     if isinstance(objective, Recorded) and objective.trouble:
         found = found.saying(objective.trouble)
+    if search.half and not lanes.halved:
+        found = found.saying("half: no step has a way in bfloat16 here, and all were exact")
     return replace(found, gflop=found.gflop + spent)
 
 
@@ -334,7 +347,7 @@ def judged(
     images: Float[Tensor, "v b c h w"],
 ) -> Float[Tensor, " v"]:
     """The objective of `search` at images in [0, 1] that something else found."""
-    lanes = _Lanes(seen, targets, replace(search, restarts=1))
+    lanes = _Lanes(seen, targets, replace(search, restarts=1, half=0.0))
     x = ((images.to(lanes.mean) - lanes.mean) / lanes.std).flatten(1)
     loss, _ = lanes.objective(lanes.boxed(x), torch.arange(len(x), device=x.device))
     return loss.detach()
@@ -342,7 +355,7 @@ def judged(
 
 def step_gflop(seen: Observation, targets: Float[Tensor, "v b k"], search: Search) -> float:
     """GFLOP of one step of one lane, as records count it."""
-    lanes = _Lanes(seen, targets, search)
+    lanes = _Lanes(seen, targets, replace(search, half=0.0))
     x = torch.zeros(1, lanes.pixels + int(search.surrogate), dtype=lanes.dtype)
     return lanes.counted(x.to(lanes.device))
 
@@ -498,7 +511,10 @@ class _Lanes:
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
-        self.swept = self._sweeps()
+        self.swept = self._sweeps(sweeps.PARAMETRIC)
+        # in half precision, as long as its steps last
+        self.rough = self._sweeps(half.kinds(torch.bfloat16)) if search.half else None
+        self.halved = self.rough is not None
         self.unrolled = Unrolled(self.model, self.observed, self.distance, self.local)
         self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
         self.gflop_step = 0.0
@@ -577,6 +593,8 @@ class _Lanes:
         """Give each prior its weight after so many steps."""
         for weight, fade in zip(self.faded, self.fading, strict=True):
             weight.fill_(fade.at(step / self.search.steps))
+        if step > self.search.exact_from:  # a search that went on from a state
+            self.rough = None
 
     def objective(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Each lane's objective [l] and its gradient [l d]."""
@@ -594,7 +612,7 @@ class _Lanes:
 
     def _matched(self, x: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """The same without the group: by sweeps, or unrolled, or autograd."""
-        by_hand = self.swept if self.one_gradient else self.unrolled
+        by_hand = (self.rough or self.swept) if self.one_gradient else self.unrolled
         if by_hand is None or self.altered:
             return self.by_autograd(x, active)
         if self.asked[0] is not active:  # a list costs a synchronisation: one when lanes retire
@@ -659,13 +677,13 @@ class _Lanes:
         victim = active // self.search.restarts
         return [{k: t[victim] for k, t in prior.facts.items()} for prior in self.informed]
 
-    def _sweeps(self) -> sweeps.LaneStep | None:
+    def _sweeps(self, kinds: sweeps.Kinds) -> sweeps.LaneStep | None:
         """None where this search needs autograd."""
         if not self.one_gradient or self.altered:
             return None
         distance = INNER.get(self.distance, self.distance)
         try:
-            return sweeps.LaneStep(self.model, self.observed, distance)
+            return sweeps.LaneStep(self.model, self.observed, distance, kinds)
         except sweeps.Unsupported:
             return None
 

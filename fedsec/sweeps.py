@@ -17,8 +17,9 @@ g' D = U (D'D). For any other distance every weight gradient is formed, and auto
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -74,14 +75,19 @@ COSINE = Inner(lambda dot, norm, target: 1 - dot / (norm * target).clamp_min(1e-
 class Sweep:
     """One step's lanes, and the weight gradients and directions by parameter name."""
 
-    def __init__(self, count: int, lanes: int, observed: Tensors, victims: list[int], grams: bool):
+    def __init__(
+        self, count: int, lanes: int, observed: Tensors, victims: list[int], told: Tensor,
+        grams: bool,
+    ):  # fmt: skip
         self.b, self.l = count, lanes
         self.observed = observed  # by name: [v, ...]
         self.victims = victims  # of each lane; the same ones are neighbours
+        self.told = told  # the same as an index on the device
         self.grams = grams
         self.g: Tensors = {}  # by name: [l, ...]
         self.v: Tensors = {}
         self.dot = self.norm = torch.zeros(())  # [l], what Gram layers contribute
+        self.wide = next(iter(observed.values())).dtype  # of sums
         self.a = self.o = torch.empty(0)  # [l], factors of the guess and of the observed
 
     def by_lane(self, x: Tensor) -> Tensor:
@@ -135,7 +141,9 @@ class Sweep:
 
 class Layer:
     name = ""  # of the module whose parameters it has
+    normed = ""  # of another, whose parameters it has as well
     wanted = True
+    fresh = False  # whether it keeps what it returns to itself: others may write to it
 
     def forward(self, s: Sweep, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -150,6 +158,14 @@ class Layer:
         return self.backward(s, A)  # type: ignore[return-value]
 
 
+class Joining(Layer):
+    """Becomes part of the layer whose output it alone reads."""
+
+    def join(self, before: Layer | None) -> None:
+        """Raises Unsupported."""
+        raise NotImplementedError
+
+
 class Conv(Layer):
     """Convolution with one weight for all lanes; gradients and directions for each lane.
 
@@ -157,6 +173,8 @@ class Conv(Layer):
     few or odd channels as products with the unfolded input; small weights as one grouped
     convolution over lanes; and lane by lane, whose arithmetic pays for the loop.
     """
+
+    fresh = True
 
     def __init__(self, module: nn.Conv2d, name: str):
         if module.groups != 1 or isinstance(module.padding, str) or module.padding_mode != "zeros":
@@ -319,6 +337,8 @@ class Conv(Layer):
 class Linear(Layer):
     """Fully connected; the rows of a lane are its images."""
 
+    fresh = True
+
     def __init__(self, module: nn.Linear, name: str):
         self.name, self.weight, self.bias = name, module.weight.detach(), module.bias
 
@@ -372,6 +392,7 @@ def _column(p: Tensor, x: Tensor) -> Tensor:
 class Norm(Layer):
     """y = weight z + bias, z = (x - mean) r: what BatchNorm and GroupNorm share."""
 
+    fresh = True
     X: Tensor  # the last input, as `sets`; its means and reciprocal deviations
     mean: Tensor
     r: Tensor
@@ -637,7 +658,8 @@ class Affine(Fixed):
         return None if t is None else t / self.std
 
 
-PARAMETRIC = {
+Kinds = Mapping[type[nn.Module], Callable[[Any, str], Layer]]  # of modules with parameters
+PARAMETRIC: Kinds = {
     nn.Conv2d: Conv,
     nn.Linear: Linear,
     nn.BatchNorm2d: batch_norm,
@@ -683,7 +705,7 @@ class Program:
     of layer i - 1. None stands for a sum. Raises Unsupported.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, kinds: Kinds = PARAMETRIC):
         self.steps: list[tuple[Layer | None, tuple[int, ...]]] = []
         self.carries = [False]  # whether a slot is downstream of a parameter
         self.names = [k for k, _ in model.named_parameters()]
@@ -707,9 +729,15 @@ class Program:
                 self.out = slots[node.args[0]]
             else:
                 inputs = tuple(slots[a] for a in node.all_input_nodes)
-                layer = _layer(node, modules)
+                layer = _layer(node, modules, kinds)
+                if isinstance(layer, Joining):
+                    if len(node.all_input_nodes[0].users) > 1 or inputs[0] == 0:
+                        raise Unsupported(f"{layer.name} does not follow a layer")
+                    layer.join(self.steps[inputs[0] - 1][0])
+                    layer = "same"
                 slots[node] = inputs[0] if isinstance(layer, str) else self._append(layer, inputs)
-        used = [layer.name for layer, _ in self.steps if layer and layer.name]
+        layers = [layer for layer, _ in self.steps if layer]
+        used = [name for layer in layers for name in (layer.name, layer.normed) if name]
         if len(used) > len(set(used)):
             raise Unsupported("a layer is used twice")
         known = {f"{n}.{p}" for n in used for p, _ in modules[n].named_parameters(recurse=False)}
@@ -719,14 +747,14 @@ class Program:
             if isinstance(layer, ReLU) and inputs[0] > 0:
                 readers = sum(inputs[0] in others for _, others in self.steps)
                 made_by = self.steps[inputs[0] - 1][0]
-                layer.alone = readers == 1 and isinstance(made_by, Conv | Linear | Norm | None)
+                layer.alone = readers == 1 and (made_by is None or made_by.fresh)
 
     def _append(self, layer: Layer | None, inputs: tuple[int, ...]) -> int:
         """The slot of its output."""
         carried = [self.carries[i] for i in inputs]
         if layer is not None:
             layer.wanted = carried[0]
-            if not carried[0] and not isinstance(layer, Conv | Linear | Fixed):
+            if not carried[0] and isinstance(layer, Norm | ReLU | Sigmoid | MaxPool):
                 raise Unsupported("a layer that is not linear comes before all weights")
         self.steps.append((layer, inputs))
         self.carries.append(any(carried) or bool(layer and layer.name))
@@ -775,7 +803,7 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return None if only is None else only.clone()  # what reads the sum may write to it
 
 
-def _layer(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | str | None:
+def _layer(node: fx.Node, modules: dict[str, nn.Module], kinds: Kinds) -> Layer | str | None:
     """What a node of the graph does; None: it adds two; "same": nothing. Raises Unsupported."""
     alone = len(node.all_input_nodes) == 1
     if node.op == "call_module" and alone and not node.kwargs:
@@ -787,8 +815,8 @@ def _layer(node: fx.Node, modules: dict[str, nn.Module]) -> Layer | str | None:
             return "same"
         if type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
             return flatten()
-        if type(module) in PARAMETRIC:
-            return PARAMETRIC[type(module)](module, name)
+        if type(module) in kinds:
+            return kinds[type(module)](module, name)
         if type(module) in PLAIN:
             return PLAIN[type(module)](module)
     if node.op == "call_function":
@@ -813,8 +841,11 @@ class LaneStep:
     it holds a step's activations. Raises Unsupported.
     """
 
-    def __init__(self, model: nn.Module, observed: Tensors, distance: Inner | Distance):
-        self.program = Program(model)
+    def __init__(
+        self, model: nn.Module, observed: Tensors, distance: Inner | Distance,
+        kinds: Kinds = PARAMETRIC,
+    ):  # fmt: skip
+        self.program = Program(model, kinds)
         if set(observed) != set(self.program.names):
             raise Unsupported("the update is not of all parameters")
         self.observed = {k: observed[k].detach().contiguous() for k in self.program.names}
@@ -842,7 +873,7 @@ class LaneStep:
             self.victims = victims
             self.rows = torch.tensor(victims, device=images.device)
         grams = isinstance(self.distance, Inner) and self.distance.exact is None
-        s = Sweep(count, lanes, self.observed, victims, grams)
+        s = Sweep(count, lanes, self.observed, victims, self.rows, grams)
         logits = self.program.down(s, "forward", images.transpose(0, 1).flatten(0, 1))
         t = targets.transpose(0, 1).flatten(0, 1)
         p, weight = logits.softmax(1), t.sum(1, keepdim=True) / count
@@ -868,7 +899,7 @@ class LaneStep:
         runs = s.runs()
         # torch.sum adds pairwise; a product or a norm of millions of float32 loses two digits
         dot = torch.cat([(g[run] * self.flat[v]).sum(1) for v, run in runs]) + s.dot
-        size = g.square().sum(1) + s.norm
+        size = (g * g).sum(1) + s.norm  # `square` is ten times slower than a product
         loss, s.a, s.o = self.distance(dot, size, self.target[self.rows])
         g *= s.a[:, None]
         for v, run in runs:

@@ -296,8 +296,8 @@ def test_the_engines_table_and_profile_have_a_line_for_each_case(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
     for line, lanes in zip(lines, ("1", "2"), strict=True):
         assert line[:4] == ["lenet", "eval", "1", lanes]
-        assert all(float(cell) > 0 for cell in line[4:10])
-        swept, doubled = float(line[9]), float(line[8])
+        assert all(float(cell) > 0 for cell in line[4:11])
+        swept, doubled = float(line[10]), float(line[9])
         assert swept < doubled, "GFLOP: the sweeps do the same with less"
     assert steps.main([*small, "--profile"]) == 0
     said = capsys.readouterr().out
