@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from types import FunctionType
 
@@ -22,7 +23,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from fedsec import half, sweeps
+from fedsec import columns, sweeps
 from fedsec.attack import Place, Progress, Told
 from fedsec.cost import flops_once
 from fedsec.defense import Compose, Defense, clips, matched, parts
@@ -33,6 +34,8 @@ from fedsec.unroll import Distance, Unrolled
 
 Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one lane -> scalar
 EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
+LARGE = 1_000_000  # parameters from which columns are faster than convolutions, for single images
+LANES = 64  # whose columns still fit: more would take gigabytes
 FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 
 
@@ -511,9 +514,12 @@ class _Lanes:
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
-        self.swept = self._sweeps(sweeps.PARAMETRIC)
+        large = sum(p.numel() for p in self.model.parameters()) >= LARGE
+        single = self.image[0] == 1 and self.victims * search.restarts <= LANES
+        faster = [columns.kinds(self.dtype)] if large and single else []
+        self.swept = self._sweeps(*faster, sweeps.PARAMETRIC)
         # in half precision, as long as its steps last
-        self.rough = self._sweeps(half.kinds(torch.bfloat16)) if search.half else None
+        self.rough = self._sweeps(columns.kinds(torch.bfloat16)) if search.half else None
         self.halved = self.rough is not None
         self.unrolled = Unrolled(self.model, self.observed, self.distance, self.local)
         self.asked: tuple[Tensor, list[int]] = (torch.empty(0), [])  # `active`, and its victims
@@ -677,15 +683,15 @@ class _Lanes:
         victim = active // self.search.restarts
         return [{k: t[victim] for k, t in prior.facts.items()} for prior in self.informed]
 
-    def _sweeps(self, kinds: sweeps.Kinds) -> sweeps.LaneStep | None:
-        """None where this search needs autograd."""
+    def _sweeps(self, *offered: sweeps.Kinds) -> sweeps.LaneStep | None:
+        """By the first kinds of layers that know the model; None where none do, as for autograd."""
         if not self.one_gradient or self.altered:
             return None
         distance = INNER.get(self.distance, self.distance)
-        try:
-            return sweeps.LaneStep(self.model, self.observed, distance, kinds)
-        except sweeps.Unsupported:
-            return None
+        for kinds in offered:
+            with suppress(sweeps.Unsupported):
+                return sweeps.LaneStep(self.model, self.observed, distance, kinds)
+        return None
 
     def _prior(self, pixels: Float[Tensor, "b c h w"], told: list[Tensors]) -> Tensor:
         """One lane's priors."""

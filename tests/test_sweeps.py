@@ -277,7 +277,7 @@ def test_an_update_of_some_parameters_is_not_known():
 
 
 def autograd_only(monkeypatch) -> None:
-    monkeypatch.setattr(engine._Lanes, "_sweeps", lambda lanes, kinds: None)
+    monkeypatch.setattr(engine._Lanes, "_sweeps", lambda lanes, *kinds: None)
 
 
 @pytest.mark.parametrize("name", MODELS)

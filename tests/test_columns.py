@@ -6,7 +6,7 @@ from test_engine import CLASSES, SHAPE, nothing, observed, private, rngs
 from test_sweeps import DISTANCES, anything, close, shaken, twin
 from torch import nn
 
-from fedsec import engine, half, sweeps
+from fedsec import columns, engine, sweeps
 from fedsec.models import ResNet18Spec
 from fedsec.rng import stream
 from fedsec.types import Local
@@ -62,7 +62,7 @@ def test_they_equal_a_plain_double_backward_in_float64(name, count, distance, se
     images, targets, seen = anything(model, 3, count, 2)
     if sent == "gradients":
         seen = updates(model, 2, count)
-    step = sweeps.LaneStep(model, seen, DISTANCES[distance], half.kinds(torch.float64))
+    step = sweeps.LaneStep(model, seen, DISTANCES[distance], columns.kinds(torch.float64))
     for victims in ([0], [0, 0, 1], [0, 1], [1]):
         lanes = len(victims)
         found = step(images[:lanes], targets[:lanes], victims)
@@ -80,9 +80,9 @@ def test_the_models_above_take_every_way():
             model = model_of(name)
             images, targets, seen = anything(model, 2, count, 2)
             seen = updates(model, 2, count) if sent == "gradients" else seen
-            step = sweeps.LaneStep(model, seen, sweeps.COSINE, half.kinds(torch.float64))
+            step = sweeps.LaneStep(model, seen, sweeps.COSINE, columns.kinds(torch.float64))
             step(images, targets, [0, 1])
-            layers = [y for y, _ in step.program.steps if isinstance(y, half.Conv)]
+            layers = [y for y, _ in step.program.steps if isinstance(y, columns.Conv)]
             taken |= {(y.gram, bool(y.normed), y.factors is not None) for y in layers}
             taken |= {("strides", y.gram) for y in layers if y.turned is None}
             both = [y for y in layers if y.normed and y.offset is not None]
@@ -98,9 +98,9 @@ def test_factors_that_miss_something_are_not_taken():
     seen = updates(model, 1, 1)
     name = "layers.6.weight"
     seen[name] = seen[name] + 1e-3 * seen[name].abs().mean() * torch.randn_like(seen[name])
-    step = sweeps.LaneStep(model, seen, sweeps.COSINE, half.kinds(torch.float64))
+    step = sweeps.LaneStep(model, seen, sweeps.COSINE, columns.kinds(torch.float64))
     step(images, targets, [0])
-    layers = [y for y, _ in step.program.steps if isinstance(y, half.Conv)]
+    layers = [y for y, _ in step.program.steps if isinstance(y, columns.Conv)]
     found = {y.name: y.factors for y in layers if y.gram}
     assert found.pop("layers.6") is None
     assert len(found) == 1
@@ -116,7 +116,7 @@ def test_bfloat16_points_the_same_way(count):
     seen = {k: t.float() for k, t in updates(model.double(), 2, count).items()}
     model = model.float()
     exact = sweeps.LaneStep(model, seen, sweeps.COSINE)(images, targets, [0, 1])
-    rough = sweeps.LaneStep(model, seen, sweeps.COSINE, half.kinds(torch.bfloat16))
+    rough = sweeps.LaneStep(model, seen, sweeps.COSINE, columns.kinds(torch.bfloat16))
     loss, gradient, _ = rough(images, targets, [0, 1])
     assert (loss - exact[0]).abs().max() < 0.01
     cosine = torch.cosine_similarity(gradient.flatten(1), exact[1].flatten(1))
@@ -152,7 +152,7 @@ def test_what_is_not_known_is_not_guessed(name):
     whole(torch.zeros(2, *SHAPE))
     whole.train(name == "statistics of the batch")
     with pytest.raises(sweeps.Unsupported):
-        sweeps.Program(whole, half.kinds(torch.float64))
+        sweeps.Program(whole, columns.kinds(torch.float64))
 
 
 # ---- a search -----------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_rough_objectives_that_are_kept_would_be_noticed(monkeypatch):
     class Boasting(sweeps.LaneStep):
         def __call__(self, *args):
             loss, *gradients = super().__call__(*args)
-            rough = any(isinstance(y, half.Conv) for y, _ in self.program.steps)
+            rough = any(isinstance(y, columns.Conv) for y, _ in self.program.steps)
             return (loss - 10 if rough else loss), *gradients
 
     monkeypatch.setattr(sweeps, "LaneStep", Boasting)
@@ -205,7 +205,7 @@ def test_steps_are_in_half_precision_as_long_as_asked(monkeypatch):
 
     class Watched(sweeps.LaneStep):
         def __call__(self, *args):
-            taken.append(any(isinstance(y, half.Conv) for y, _ in self.program.steps))
+            taken.append(any(isinstance(y, columns.Conv) for y, _ in self.program.steps))
             return super().__call__(*args)
 
     monkeypatch.setattr(sweeps, "LaneStep", Watched)
@@ -221,3 +221,20 @@ def test_a_model_without_such_a_way_is_said():
     plain, _, _ = run(searched(0.0), resnet("group"))
     assert torch.equal(found.images, plain.images)
     assert all("half:" in " ".join(flags) for flags in found.flags)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_large_models_take_columns_for_single_images_to_the_same_result(monkeypatch, count):
+    def found(large: int):
+        monkeypatch.setattr(engine, "LARGE", large)
+        torch.manual_seed(0)
+        batch = private(count)
+        seen = observed(resnet().double(), [batch])
+        search = searched(0.0, steps=3)
+        layers = engine._Lanes(seen, batch.targets[None], search).swept.program.steps
+        used = any(isinstance(y, columns.Conv) for y, _ in layers)
+        return used, engine.match(seen, batch.targets[None], search, rngs(1), nothing)
+
+    (used, ours), (plainly, plain) = found(0), found(10**9)
+    assert (used, plainly) == (count == 1, False)
+    torch.testing.assert_close(ours.images, plain.images, rtol=0, atol=1e-9)
