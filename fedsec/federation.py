@@ -89,6 +89,16 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Trajectory:
+    """What the training left behind; whoever attacks it, the exchanges follow from it."""
+
+    sent: dict[int, Tensors]  # by attack round: parameters and buffers, as the server sent them
+    final: Tensors  # the same, after the last round
+    seconds_per_round: float | None  # median of the training rounds without an attack
+    sent_bytes: float | None  # of one client in one training round, on average
+
+
+@dataclass(frozen=True)
 class Federated:
     """What a federation leaves behind."""
 
@@ -96,8 +106,15 @@ class Federated:
     model: nn.Module  # after the last round, in the declared mode
     seconds: float  # wall time of the federation
     training: list[Training]  # what each client's guarantee depends on
-    seconds_per_round: float | None = None  # median of the training rounds without an attack
-    sent_bytes: float | None = None  # of one client in one training round, on average
+    trajectory: Trajectory
+
+    @property
+    def seconds_per_round(self) -> float | None:
+        return self.trajectory.seconds_per_round
+
+    @property
+    def sent_bytes(self) -> float | None:
+        return self.trajectory.sent_bytes
 
 
 # What a malicious server sends to the probed clients, from the round's model, which it must leave
@@ -239,35 +256,47 @@ def shares(dataset: Any, federation: Federation, clients: int, seed: int) -> lis
 
 
 def federate(
-    job: Job, dataset: Any, progress: Callable[[int, int], None], craft: Craft | None = None
+    job: Job,
+    dataset: Any,
+    progress: Callable[[int, int], None],
+    craft: Craft | None = None,
+    known: Trajectory | None = None,
 ) -> Federated:
     """Train for `job.rounds` rounds and keep what travels in the attack rounds.
 
     A malicious server's `craft` makes the models on which the probes are computed, from the model
-    of the attack round; the training never sees them.
+    of the attack round; the training never sees them. Where an equal training is `known`, only what
+    travels in the attack rounds is computed, in this process, to the same exchanges.
 
     `progress` hears (rounds done, rounds). Raises Refused before anything is computed, and
     ClientFailed, with the client's traceback, as soon as one client fails.
     """
-    from fedsec.flower import run
+    from fedsec import flower
 
     check(job)
     start = time.perf_counter()
     site = Site(job, dataset)
     job.defense.check(site.model)
-    travelled = run(job, site, progress, craft)
+    if known is None:
+        travelled = flower.run(job, site, progress, craft)
+        taps, known = travelled.taps, _trajectory(job, travelled)
+    else:
+        taps = flower.replay(job, site, known.sent, craft)
     if job.device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     model = copy.deepcopy(site.model)
-    load(model, travelled.final)
+    load(model, known.final)
+    exchanges = _exchanges(site, taps)
+    return Federated(exchanges, model, seconds, trained(job, site.shares), known)
+
+
+def _trajectory(job: Job, travelled: Travelled) -> Trajectory:
     quiet = [s for r, s in enumerate(travelled.seconds) if r not in job.attack_rounds]
     sent = [size / job.clients for size in travelled.sent]
-    return Federated(
-        _exchanges(site, travelled.taps),
-        model,
-        seconds,
-        trained(job, site.shares),
+    return Trajectory(
+        {tap.round: tap.sent for tap in travelled.taps},
+        travelled.final,
         median(quiet or travelled.seconds) if job.rounds else None,
         mean(sent) if sent else None,
     )

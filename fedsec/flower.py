@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
@@ -61,20 +61,41 @@ Progress = Callable[[int, int], None]
 
 def run(job: Job, site: Site, progress: Progress, craft: Craft | None = None) -> Travelled:
     """The whole federation, on the engine that the job names."""
-    token = uuid.uuid4().hex  # a key that no worker of another run has seen
     server = Server(job, site, progress, craft)
-    _sites[token] = site
+    _serve(server, _inline if job.federation.engine == "inline" else _ray)
+    seconds = [after - before for before, after in pairwise(server.began)]
+    return Travelled(server.final, server.taps, seconds, server.sent)
+
+
+def replay(
+    job: Job, site: Site, sent: Mapping[int, Tensors], craft: Craft | None = None
+) -> list[Tapped]:
+    """What travels in the rounds whose models are known, without the training between them.
+
+    A client's reply is a function of the model that it got: these are those of the whole run.
+    """
+    server = Server(job, site, lambda done, rounds: None, craft, sent)
+    threads = torch.get_num_threads()
+    if job.federation.engine == "ray":  # as its workers compute
+        torch.set_num_threads(1)
+    try:
+        _serve(server, _inline)
+    finally:
+        torch.set_num_threads(threads)
+    return server.taps
+
+
+def _serve(server: Server, engine: Callable[[Server, ClientApp], None]) -> None:
+    token = uuid.uuid4().hex  # a key that no worker of another run has seen
+    _sites[token] = server.site
     drawn = random.getstate()  # Flower's strategies sample nodes with it
     try:
         with _silent():
-            engine = _inline if job.federation.engine == "inline" else _ray
-            engine(server, client_app(job, token))
+            engine(server, client_app(server.job, token))
     finally:
         server.stop.set()
         random.setstate(drawn)
         del _sites[token]
-    seconds = [after - before for before, after in pairwise(server.began)]
-    return Travelled(server.final, server.taps, seconds, server.sent)
 
 
 # The client side: one ClientApp for all clients. A process finds its site by the run's token; a
@@ -185,8 +206,16 @@ def _integer(record: ConfigRecord | MetricRecord, key: str) -> int:
 class Server:
     """One run as the server sees it: Flower's strategy behind the tap, and what comes out."""
 
-    def __init__(self, job: Job, site: Site, progress: Progress, craft: Craft | None):
+    def __init__(
+        self,
+        job: Job,
+        site: Site,
+        progress: Progress,
+        craft: Craft | None,
+        known: Mapping[int, Tensors] | None = None,  # what was sent: nothing is trained
+    ):
         self.job, self.site, self.progress, self.craft = job, site, progress, craft
+        self.known = known
         self.stop = threading.Event()
         self.taps: list[Tapped] = []
         self.final: Tensors = {}
@@ -201,6 +230,10 @@ class Server:
 
     def _main(self, grid: Grid, context: Context) -> None:
         job, tap = self.job, Tap(grid, self)
+        if self.known is not None:
+            for round in sorted(self.known):
+                tap.again(round, self.known[round])
+            return
         arrays = _record(dict(parameters(self.site.model)))
         if job.rounds:
             result = _strategy(job).start(tap, arrays, num_rounds=job.rounds)
@@ -208,9 +241,7 @@ class Server:
             arrays = result.arrays
             self.began.append(time.perf_counter())
         if job.rounds in job.attack_rounds:  # one more exchange, that no strategy aggregates
-            config = ConfigRecord({"server-round": job.rounds + 1})
-            content = RecordDict({"arrays": arrays, "config": config})
-            list(tap.send_and_receive([Message(content, n, "train") for n in tap.get_node_ids()]))
+            tap.exchange(tap.asking(arrays, job.rounds))
         load(self.site.model, _tensors(arrays) | tap.buffers)
         self.final = state(self.site.model)
 
@@ -245,14 +276,42 @@ class Tap(Grid):
         self, messages: Iterable[Message], *, timeout: int | float | None = None
     ) -> Iterable[Message]:
         """One round. There is no time limit: every client replies, or fails the run."""
-        outgoing = sorted(messages, key=lambda m: self.client_of[m.metadata.dst_node_id])
+        outgoing = list(messages)
         if not outgoing:
             return []
+        self.server.began.append(time.perf_counter())
+        round, replies = self.exchange(outgoing)
+        job = self.job
+        self.buffers = mean_update([self._running(reply) for reply in replies]).buffers
+        metrics = [reply.content.metric_records["metrics"] for reply in replies]
+        self.server.sent.append(sum(_integer(each, "bytes") for each in metrics))
+        released = None
+        if job.defense.sums:
+            sent = [self._update(reply, self.model) for reply in replies]
+            released = self.server.site.released(sent, round)
+        for reply in replies:
+            self._step(reply, released)
+        self.server.progress(round + 1, job.rounds)
+        return replies
+
+    def asking(self, arrays: ArrayRecord, round: int) -> list[Message]:
+        """What a strategy sends in `round`."""
+        config = ConfigRecord({"server-round": round + 1})
+        content = RecordDict({"arrays": arrays, "config": config})
+        return [Message(content, node, "train") for node in self.get_node_ids()]
+
+    def again(self, round: int, sent: Tensors) -> None:
+        """What travels in `round` about the model that was `sent`; nothing is made of it."""
+        self.buffers = {k: sent[k].to(b.device) for k, b in self.buffers.items()}
+        arrays = _record({k: sent[k] for k in parameters(self.model)})
+        self.exchange(self.asking(arrays, round))
+
+    def exchange(self, messages: Iterable[Message]) -> tuple[int, list[Message]]:
+        """The round's number and the clients' replies, in their order; attack rounds are kept."""
+        outgoing = sorted(messages, key=lambda m: self.client_of[m.metadata.dst_node_id])
         job, content = self.job, outgoing[0].content
         arrays, config = content.array_records["arrays"], content.config_records["config"]
         round = _integer(config, "server-round") - 1
-        if round < job.rounds:
-            self.server.began.append(time.perf_counter())
         content = partial(self._content, arrays, _record(self.buffers))
         for message in outgoing:
             message.content = content(message.content.config_records["config"])
@@ -275,18 +334,7 @@ class Tap(Grid):
             grouped = [answers[i : i + each] for i in range(0, len(answers), each)]
             tapped = Tapped(round, state(self.model), updates, grouped, crafted)
             self.server.taps.append(tapped)
-        if round < job.rounds:
-            self.buffers = mean_update([self._running(reply) for reply in trained]).buffers
-            metrics = [reply.content.metric_records["metrics"] for reply in trained]
-            self.server.sent.append(sum(_integer(each, "bytes") for each in metrics))
-            released = None
-            if job.defense.sums:
-                sent = [self._update(reply, self.model) for reply in trained]
-                released = self.server.site.released(sent, round)
-            for reply in trained:
-                self._step(reply, released)
-            self.server.progress(round + 1, job.rounds)
-        return trained
+        return round, trained
 
     def _content(
         self, arrays: ArrayRecord, running: ArrayRecord, config: ConfigRecord, **more: int
