@@ -40,6 +40,7 @@ class Values:
     stack: int  # victims attacked together, >= 1: memory against speed
     candidates: int  # images in the pool that the fact of that name grants, >= 2
     threads: int | str  # of torch, on a CPU, >= 1; auto: by the model's size and the cores
+    store: str | None = None  # folder of trained federations that runs share; auto: see run.yaml
 
     def __post_init__(self):
         require(self.images >= 1, "images", "must be at least 1", self.images)
@@ -56,6 +57,7 @@ class Values:
         devices = ("auto", "cpu", "cuda")
         require(self.device in devices, "device", "must be auto, cpu or cuda", self.device)
         require(self.out != "", "out", "must name a folder", "nothing")
+        require(self.store != "", "store", "must name a folder, or be auto or null", "nothing")
         require(self.lpips in ("alex", "vgg"), "lpips", "must be alex or vgg", self.lpips)
         rounds = self.attack_rounds
         require(len(rounds) > 0, "attack_rounds", "must name at least one round", list(rounds))
@@ -126,7 +128,7 @@ def presets(group: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def difference(one: str, other: str) -> str:
-    """The first key in which two configurations, as YAML, differ; `out` aside. Else nothing.
+    """The first key in which two configurations, as YAML, differ, but for folders. Else nothing.
 
     Refuses what is no YAML.
     """
@@ -143,8 +145,8 @@ def difference(one: str, other: str) -> str:
         a, b = (flat(OmegaConf.to_container(OmegaConf.create(text)), "") for text in (one, other))
     except (YAMLError, OmegaConfBaseException) as error:
         raise Refused("config.yaml", "must be YAML", " ".join(str(error).split())) from None
-    differing = (k for k in [*b, *a] if k != "out" and repr(a.get(k, ...)) != repr(b.get(k, ...)))
-    return next(differing, "")
+    keys = (k for k in [*b, *a] if k not in ("out", "store"))
+    return next((k for k in keys if repr(a.get(k, ...)) != repr(b.get(k, ...))), "")
 
 
 def _part(node: object, group: str):

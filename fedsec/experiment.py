@@ -8,7 +8,7 @@ import os
 import shlex
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from fedsec.checks import Refused, require
 from fedsec.client import draw, schedule
 from fedsec.config import Settings, difference
 from fedsec.console import Console
+from fedsec.console import Stage as Shown
 from fedsec.data import Dataset
 from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, weakest
 from fedsec.federation import (
@@ -41,6 +42,8 @@ from fedsec.privacy import formal, named
 from fedsec.report.numbers import groups, scenarios
 from fedsec.rng import stream
 from fedsec.stages import chosen
+from fedsec.store import Kept, Store
+from fedsec.store import made as determined
 from fedsec.threat import Observation, ThreatModel, admit
 from fedsec.types import Batch, Exchange, Reconstruction, Stage, Tensors, Update
 
@@ -66,10 +69,16 @@ class Plan:
     estimate: float  # seconds, roughly
     flaws: dict[str, str]  # metrics that cannot be measured here, and why
     resumes: bool  # `folder` holds this run, which was not done
+    store: Path | None = None  # of trained federations
 
 
 def plan(
-    settings: Settings, presets: dict[str, ThreatModel], folder: Path, config: str, command: str
+    settings: Settings,
+    presets: dict[str, ThreatModel],
+    folder: Path,
+    config: str,
+    command: str,
+    store: Path | None = None,
 ) -> Plan:
     """Refuse what cannot work, in the order of what it costs to find out."""
     values, names = settings.values, settings.names
@@ -118,7 +127,7 @@ def plan(
     flaws = metrics.unmeasurable(dataset.shape, values.lpips, download=asked)
     return Plan(
         settings, dataset, device, folder, config, command, probes, defenses, estimate, flaws,
-        resumes,
+        resumes, store,
     )  # fmt: skip
 
 
@@ -221,6 +230,8 @@ class _Run:
         self.settings, self.values = plan.settings, plan.settings.values
         self.accuracy: dict[str, float] = {}
         self.privacy: dict[str, Privacy] = {}
+        self.store = None if plan.store is None else Store(plan.store)
+        self.reused: dict[str, bool] = {}  # whether a federation was in the store
         self.federate_seconds: dict[str, float] = {}
         self.price: dict[str, tuple[float | None, float | None]] = {}  # see `Federated`
         self.attack_seconds: dict[str, float] = {}
@@ -235,11 +246,11 @@ class _Run:
         plan = self.plan
         job = job_of(self.settings, plan.device, plan.probes, defense)
         with self.console.stage("federate", name, self.values.rounds, "rounds") as stage:
-            with cost.Clock(plan.device) as clock:
-                federated = federate(job, plan.dataset, stage.advance, self._craft(defense))
-            self.federate_seconds[name] = clock.seconds
+            with self._training_threads(job):
+                federated, kept, self.reused[name] = self._federated(name, job, stage)
+            self.federate_seconds[name] = kept.seconds
             self.price[name] = federated.seconds_per_round, federated.sent_bytes
-            self.accuracy[name] = accuracy(federated.model, plan.dataset.test, plan.device)
+            self.accuracy[name] = kept.accuracy
             self.privacy[name] = _privacy(defense, federated)
             if not all(p.isfinite().all() for p in federated.model.parameters()):
                 self.flags.append(
@@ -252,8 +263,8 @@ class _Run:
                     "mechanism keeps private and epsilon does not cover [count-is-private]"
                 )
             stage.close(
-                f"{clock.seconds:.1f} s   accuracy {100 * self.accuracy[name]:.1f} %"
-                + _epsilon(self.privacy[name])
+                f"{kept.seconds:.1f} s{', reused' * self.reused[name]}"
+                f"   accuracy {100 * kept.accuracy:.1f} %" + _epsilon(self.privacy[name])
             )
         stacks = list(self._stacks(federated.exchanges, job))
         total = sum(len(e.batch) for stack in stacks for e in stack)
@@ -282,6 +293,59 @@ class _Run:
             psnr = [r.psnr for r in self.rows if r.defense == name and r.psnr is not None]
             mean = sum(psnr) / len(psnr) if psnr else math.nan
             stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
+
+    def _federated(self, name: str, job: Job, stage: Shown) -> tuple[Federated, Kept, bool]:
+        """A federation, what is kept of it, and whether it was: trained once for all attacks.
+
+        A store that cannot be used costs the run nothing but time, and a flag.
+        """
+        plan, store = self.plan, self.store
+        craft, fresh = self._craft(job.defense), []
+
+        def train() -> Kept:
+            with cost.Clock(plan.device) as clock:
+                federated = federate(job, plan.dataset, stage.advance, craft)
+            fresh.append(federated)
+            right = accuracy(federated.model, plan.dataset.test, plan.device)
+            return Kept(federated.trajectory, right, clock.seconds)
+
+        def waits(why: str) -> None:
+            self.console.line("waits", why)
+
+        kept, reused = None, False
+        if store is not None:
+            device = _device_name(plan.device, torch.get_num_threads())
+            try:
+                made = determined(job, plan.dataset, device, type(self.settings.attack))
+            except TypeError as error:
+                self.flags.append(f"store: not used, since {error}")
+            else:
+                kept, reused = store.once(made, self._title(name, job), train, waits)
+                self.flags += [said for said in store.troubles if said not in self.flags]
+        kept = kept or train()
+        if fresh:
+            return fresh[0], kept, reused
+        again = federate(job, plan.dataset, stage.advance, craft, kept.trajectory)
+        return again, kept, reused
+
+    def _title(self, name: str, job: Job) -> dict[str, Any]:
+        """What a federation is, for a person who lists a store."""
+        names = {k: self.settings.names[k] for k in ("data", "model", "client")}
+        numbers = {k: getattr(job, k) for k in ("clients", "rounds", "seed")}
+        return {**names, "defense": name, **numbers}
+
+    @contextmanager
+    def _training_threads(self, job: Job) -> Iterator[None]:
+        """As many threads as pay for a client's batch: not by the attack, which others share."""
+        before, values, batch = torch.get_num_threads(), self.values, job.client.batch
+        if values.threads == "auto":
+            model = initial(job, self.plan.dataset)
+            gflop = _gflop(self.plan.dataset, model, batch)
+            torch.set_num_threads(_threads(gflop, _cores()))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def _whom(self, name: str) -> None:
         """Say what an epsilon hides, and from whom, where it is not one example."""
@@ -562,6 +626,7 @@ class _Run:
             "versions": records.versions(),
             "command": self.plan.command,
             "choices": settings.names,
+            "reused": self.reused,
             "metrics": {"lpips": metrics.lpips_name(values.lpips)},
             "random_defense": settings.defense.random,
         }
@@ -724,9 +789,14 @@ def _stack_gflop(settings: Settings, dataset: Dataset, model: nn.Module) -> floa
     """GFLOP of one forward and backward pass of all lanes that are attacked together."""
     values, client = settings.values, settings.client
     attacked = client.batch if isinstance(values.victim_batch, str) else values.victim_batch
+    images = min(values.stack * attacked, values.images) * settings.attack.lanes
+    return _gflop(dataset, model, images)
+
+
+def _gflop(dataset: Dataset, model: nn.Module, images: int) -> float:
+    """GFLOP of one forward and backward pass."""
     few = torch.arange(min(2, len(dataset.train)))  # BatchNorm may refuse a single one
     batch = dataset.train.batch(few, dataset.classes)
-    images = min(values.stack * attacked, values.images) * settings.attack.lanes
     try:
         return cost.backprop_gflop(model, batch) / len(batch) * images
     except ValueError:  # it does: `_estimate` says so in the words of the settings

@@ -12,7 +12,7 @@ import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ def write(path: Path, tensors: Tensors, about: dict[str, Any]) -> None:
 
     alone = {k: t.detach().to("cpu", copy=True).contiguous() for k, t in tensors.items()}
     text = json.dumps(about)
-    whole = save(alone, {"about": text, "checksum": _checksum(text, alone)})
+    whole = save(alone, {"about": text, "checksum": checksum(text, alone)})
     path.parent.mkdir(exist_ok=True)
     records.write_whole(path, whole)
 
@@ -48,14 +48,15 @@ def read(path: Path) -> tuple[Tensors, dict[str, Any]] | None:
         with safe_open(path, "pt") as file:
             said = file.metadata() or {}
             tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
-        if said["checksum"] != _checksum(said["about"], tensors):
+        if said["checksum"] != checksum(said["about"], tensors):
             return None
         return tensors, json.loads(said["about"])
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
 
 
-def _checksum(text: str, tensors: Tensors) -> str:
+def checksum(text: str, tensors: Tensors) -> str:
+    """A digest of a text and of tensors on the CPU, by name."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -63,26 +64,35 @@ def _checksum(text: str, tensors: Tensors) -> str:
     return digest.hexdigest()
 
 
-def code() -> str:
+def code(attacks: bool = True, aside: Collection[Path] = ()) -> str:
     """A digest of the sources of fedsec, attacks and defenses, their YAML, and what was imported.
 
     An attack of the user's own may import modules of theirs; what is installed has a version.
+    Without `attacks`, and files `aside`: of what determines a federation.
     """
     root = Path(__file__).resolve().parent.parent
-    parts = [root / name for name in ("fedsec", "attacks", "defenses")]
+    parts = [root / name for name in ("fedsec", "defenses", *["attacks"] * attacks)]
     files = {p for part in parts for p in part.rglob("*.py")}
-    files |= set((root / "configs").rglob("*.yaml"))  # of the attacks that attack=auto runs
+    if attacks:
+        files |= set((root / "configs").rglob("*.yaml"))  # of the attacks that attack=auto runs
+    for path in _imported():
+        if attacks or root / "attacks" not in path.parents:
+            files.add(path)
+    digest = hashlib.sha256()
+    for file in sorted(files - set(aside)):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _imported() -> Iterator[Path]:
+    """The source files of the modules in use that are not installed."""
     libraries = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = {Path(sysconfig.get_path(name)).resolve() for name in libraries}
     for module in list(sys.modules.values()):
         found = getattr(module, "__file__", None)
         path = Path(found or "").resolve()
         if path.suffix == ".py" and path.is_file() and not installed & set(path.parents):
-            files.add(path)
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
+            yield path
 
 
 @dataclass(frozen=True)
@@ -161,7 +171,7 @@ class State:
                 reused = ["the next up to step {} of {}".format(*about["at"])]
         if done:
             reused.insert(0, f"{done} reconstruction{'s' * (done > 1)}")
-        return f"{' and '.join(reused) or 'nothing'} can be reused; the training is repeated"
+        return f"{' and '.join(reused) or 'nothing'} can be reused"
 
 
 class Stack:

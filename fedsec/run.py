@@ -47,7 +47,7 @@ GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation"
 FLAGS = ("-m", "--multirun", "-h", "--help", "--hydra-help", "--version", "--resolve", "--info")
 SHOWN = ("job", "hydra", "all")
 VALUED = {"--cfg": SHOWN, "-c": SHOWN, "--config-dir": None, "-cd": None}  # None: a folder
-PATHS = re.compile(r"^(\+{0,2}(?:out|data\.path|data\.root|model\.weights))=(.*)$", re.DOTALL)
+PATHS = re.compile(r"^(\+{0,2}(?:out|store|data\.path|data\.root|model\.weights))=(.*)$", re.DOTALL)
 OWN = "command-line"  # how Hydra calls the source of the options in --config-dir
 ONCE = "hydra.mode=RUN"  # a sweep's file, but not its sweep
 LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
@@ -130,6 +130,7 @@ def _run(cfg: DictConfig) -> int:
         return records.default_folder("outputs", *name, int(cfg.seed), today)
 
     folder = free() if cfg.out is None else home_read("out", str(cfg.out))
+    store = _store(cfg.store, folder if several else Path("outputs"))
     if several:
         folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
     own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
@@ -143,7 +144,8 @@ def _run(cfg: DictConfig) -> int:
     while True:
         try:
             if plan is None:
-                plan = experiment.plan(settings, presets, folder, OmegaConf.to_yaml(cfg), command)
+                text = OmegaConf.to_yaml(cfg)
+                plan = experiment.plan(settings, presets, folder, text, command, store)
                 _announce(plan, console)
             return experiment.perform(plan, console)
         except records.Taken:  # meanwhile, by another run: one without a name takes the next
@@ -151,6 +153,13 @@ def _run(cfg: DictConfig) -> int:
                 raise
             folder = free()
             plan = plan and replace(plan, folder=folder)
+
+
+def _store(named: object, beside: Path) -> Path | None:
+    """The folder of trained federations, if there is to be one."""
+    if named is None:
+        return None
+    return beside / ".store" if named == "auto" else home_read("store", str(named))
 
 
 def composed(words: list[str]) -> tuple[DictConfig, dict[str, str]]:
@@ -192,6 +201,8 @@ def _announce(plan: Plan, console: Console) -> None:
     threads = f", {count} thread{'s' * (count > 1)}"
     threads += " (auto)" if values.threads == "auto" else ""
     device = plan.device + (threads if plan.device == "cpu" else "")
+    if plan.store is not None:
+        console.line("store", f"{plan.store} keeps trained federations for further attacks")
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
 
 
@@ -225,7 +236,8 @@ def prepared(words: list[str]) -> list[str]:
     for word in values:
         path = PATHS.match(word)
         if path:
-            out.append(f"{path[1]}={_quoted(path[2], sweeps and path[1] != 'out')}")
+            swept = sweeps and path[1].lstrip("+") not in ("out", "store")
+            out.append(f"{path[1]}={_quoted(path[2], swept)}")
             continue
         found = LIST.match(word)
         if not found:
