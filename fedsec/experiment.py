@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -231,7 +231,7 @@ class _Run:
         self.accuracy: dict[str, float] = {}
         self.privacy: dict[str, Privacy] = {}
         self.store = None if plan.store is None else Store(plan.store)
-        self.reused: dict[str, bool] = {}  # whether a federation was in the store
+        self.reused: dict[str, bool] = {}  # whether another run trained the federation
         self.federate_seconds: dict[str, float] = {}
         self.price: dict[str, tuple[float | None, float | None]] = {}  # see `Federated`
         self.attack_seconds: dict[str, float] = {}
@@ -247,7 +247,8 @@ class _Run:
         job = job_of(self.settings, plan.device, plan.probes, defense)
         with self.console.stage("federate", name, self.values.rounds, "rounds") as stage:
             with self._training_threads(job):
-                federated, kept, self.reused[name] = self._federated(name, job, stage)
+                federated, kept, fresh = self._federated(name, job, stage)
+            self.reused[name] = kept.run != str(plan.folder.resolve())
             self.federate_seconds[name] = kept.seconds
             self.price[name] = federated.seconds_per_round, federated.sent_bytes
             self.accuracy[name] = kept.accuracy
@@ -263,7 +264,7 @@ class _Run:
                     "mechanism keeps private and epsilon does not cover [count-is-private]"
                 )
             stage.close(
-                f"{kept.seconds:.1f} s{', reused' * self.reused[name]}"
+                f"{kept.seconds:.1f} s{', reused' * (not fresh)}"
                 f"   accuracy {100 * kept.accuracy:.1f} %" + _epsilon(self.privacy[name])
             )
         stacks = list(self._stacks(federated.exchanges, job))
@@ -295,38 +296,41 @@ class _Run:
             stage.close(f"{seconds:.1f} s/image   mean PSNR {mean:.1f} dB")
 
     def _federated(self, name: str, job: Job, stage: Shown) -> tuple[Federated, Kept, bool]:
-        """A federation, what is kept of it, and whether it was: trained once for all attacks.
+        """A federation, what is kept of it, and whether it was trained here and now.
 
         A store that cannot be used costs the run nothing but time, and a flag.
         """
-        plan, store = self.plan, self.store
-        craft, fresh = self._craft(job.defense), []
+        plan, craft = self.plan, self._craft(job.defense)
+        fresh: list[Federated] = []
 
         def train() -> Kept:
             with cost.Clock(plan.device) as clock:
                 federated = federate(job, plan.dataset, stage.advance, craft)
             fresh.append(federated)
             right = accuracy(federated.model, plan.dataset.test, plan.device)
-            return Kept(federated.trajectory, right, clock.seconds)
+            own = str(plan.folder.resolve())
+            return Kept(federated.trajectory, right, clock.seconds, own)
 
-        def waits(why: str) -> None:
-            self.console.line("waits", why)
-
-        kept, reused = None, False
-        if store is not None:
-            device = _device_name(plan.device, torch.get_num_threads())
-            try:
-                made = determined(job, plan.dataset, device, type(self.settings.attack))
-            except TypeError as error:
-                self.flags.append(f"store: not used, since {error}")
-            else:
-                kept, reused = store.once(made, self._title(name, job), train, waits)
-                self.flags += [said for said in store.troubles if said not in self.flags]
-        kept = kept or train()
+        kept = self._stored(name, job, train) or train()
         if fresh:
-            return fresh[0], kept, reused
+            return fresh[0], kept, True
         again = federate(job, plan.dataset, stage.advance, craft, kept.trajectory)
-        return again, kept, reused
+        return again, kept, False
+
+    def _stored(self, name: str, job: Job, train: Callable[[], Kept]) -> Kept | None:
+        """What the store holds of the federation, once somebody has trained it."""
+        if self.store is None:
+            return None
+        device = _device_name(self.plan.device, torch.get_num_threads())
+        try:
+            made = determined(job, self.plan.dataset, device, type(self.settings.attack))
+        except TypeError as error:
+            self.flags.append(f"store: not used, since {error}")
+            return None
+        title = self._title(name, job)
+        kept = self.store.once(made, title, train, lambda why: self.console.line("waits", why))
+        self.flags += [said for said in self.store.troubles if said not in self.flags]
+        return kept
 
     def _title(self, name: str, job: Job) -> dict[str, Any]:
         """What a federation is, for a person who lists a store."""
@@ -626,7 +630,7 @@ class _Run:
             "versions": records.versions(),
             "command": self.plan.command,
             "choices": settings.names,
-            "reused": self.reused,
+            "reused": self.reused,  # by defense: whether another run trained it
             "metrics": {"lpips": metrics.lpips_name(values.lpips)},
             "random_defense": settings.defense.random,
         }

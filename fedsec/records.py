@@ -14,6 +14,7 @@ import math
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -283,15 +284,32 @@ def _locked(path: Path) -> IO[bytes]:
         file = open(path / CONFIG, "rb")  # noqa: SIM115
     except OSError:
         raise Refused("out", "must be readable", path) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        rule = "must be empty or new, or left by a run that has ended; one is writing to it"
-        raise Taken("out", rule, path) from None
-    except OSError:
-        pass  # a file system without locks
+    for wait in (0.1, 0.2, 0.4, 0.8, None):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait:  # perhaps somebody only looks, see `running`
+                time.sleep(wait)
+                continue
+            file.close()
+            rule = "must be empty or new, or left by a run that has ended; one is writing to it"
+            raise Taken("out", rule, path) from None
+        except OSError:
+            pass  # a file system without locks
+        break
     return file
+
+
+def running(path: Path) -> bool:
+    """Whether a process writes to the run in `path`. On a file system without locks: no."""
+    try:
+        with open(path / CONFIG, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def default_folder(base: str | Path, attack: str, defense: str, seed: int, date: str) -> Path:

@@ -34,7 +34,8 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsec import records
+from fedsec import cells, records
+from fedsec.cells import Cell
 from fedsec.checks import Refused, home_read, require
 from fedsec.console import Console
 
@@ -54,17 +55,22 @@ LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 
 _statuses: list[int] = []  # of the runs of this process, in order
+_turned: dict[Path, Cell] = {}  # cells of this process that did not come to a run of their own
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line says; the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    typed = sys.argv
+    typed, sweep, whole = sys.argv, None, set[Path]()
     _statuses.clear()
+    _turned.clear()
     try:
         ready = prepared(words)
         sys.argv = [sys.argv[0], *ready]
-        with process.signals_kept(), _swept(ready, words):
+        sweep = _sweep(ready)
+        if sweep:
+            whole = {cell.folder for cell in cells.find(sweep) if cell.state == cells.WHOLE}
+        with process.signals_kept(), _swept(sweep, words):
             hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
     except Refused as refusal:
         return _refused(str(refusal))
@@ -73,12 +79,14 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         if not _statuses:
             print("interrupted before anything was computed", file=sys.stderr)
+        elif sweep:
+            _summed(sweep, whole, words)
         return 130
     except SystemExit as stop:  # after Hydra's help
         return 1 if stop.code else 0
     finally:
         sys.argv = typed
-    return max(_statuses, default=0)
+    return _summed(sweep, whole, words) if sweep else max(_statuses, default=0)
 
 
 def task(cfg: DictConfig) -> int:
@@ -86,33 +94,75 @@ def task(cfg: DictConfig) -> int:
 
     Never raises: Hydra would print more than the one line that a refusal is worth, and end a sweep.
     """
+    several = str(HydraConfig.get().mode) == "RunMode.MULTIRUN"
+    why = ""
     try:
-        status = _run(cfg)
+        status = _run(cfg, several)
     except Refused as refusal:
-        status = _refused(str(refusal))
+        status, why = _refused(str(refusal)), f"error: {refusal}"
     except records.NotSaved as full:
         print(f"error: {full}", file=sys.stderr)
-        status = 2
+        status, why = 2, str(full)
     except KeyboardInterrupt:
         print("interrupted before anything was computed", file=sys.stderr)
         status = 130
     except Exception:
-        traceback.print_exc()
+        why = traceback.format_exc()
+        print(why, end="", file=sys.stderr)
         status = 2
     _statuses.append(status)
-    if status == 130 and str(HydraConfig.get().mode) == "RunMode.MULTIRUN":
+    if several and why:
+        _turn(_cell(cfg), status, why)
+    if several and status == 130:
         raise KeyboardInterrupt  # ends the sweep too
     return status
 
 
-def _run(cfg: DictConfig) -> int:
+def _cell(cfg: DictConfig) -> Path:
+    """The folder of this cell of a sweep."""
+    chosen = HydraConfig.get()
+    try:
+        names = _names(cfg, chosen.runtime.choices)
+    except Refused:
+        names = dict.fromkeys(GROUPS, "refused")
+    name = cells.named(int(chosen.job.num), names["attack"], names["defense"], cfg.seed)
+    return home_read("out", str(cfg.out)) / name
+
+
+def _turn(folder: Path, status: int, why: str) -> None:
+    """Keep why a cell did not come to a run of its own: here, and in its folder if it is free."""
+    state = cells.REFUSED if status == 1 else cells.FAILED
+    last = why.strip().splitlines()[-1].removeprefix("error: ")
+    _turned[folder] = Cell(folder, state, last)
+    cells.leave(folder, why)
+
+
+def _summed(sweep: Path, whole: set[Path], words: list[str]) -> int:
+    """Say what became of each cell of a sweep; its exit status.
+
+    What a cell's folder cannot say, since it holds something else, this process may know.
+    """
+    there = {cell.folder: cell for cell in cells.find(sweep)} | _turned
+    found = [there[folder] for folder in sorted(there)]
+    if all(cell.state == cells.REFUSED for cell in found):  # see `_forget_refused`
+        return max(_statuses, default=0)
+    done = all(cell.state == cells.WHOLE for cell in found)
+    words = [*(w for w in words if not w.startswith("out=")), f"out={sweep}"]
+    again = "" if done else shlex.join(["python", "-m", "fedsec.run", *words])
+    for line in cells.summary(found, whole, again):
+        print(line)
+    return 0 if done else 2
+
+
+def _run(cfg: DictConfig, several: bool) -> int:
     chosen = HydraConfig.get()
     names = _names(cfg, chosen.runtime.choices)
+    if several and _done(cfg):
+        return 0
     console = Console()
     grants = sorted(map(str, cfg.threat.get("grants", [])))
     console.banner(names, names["threat"], grants)
 
-    several = str(chosen.mode) == "RunMode.MULTIRUN"
     if cfg.threads != "auto" and not several:  # the next cell's choice would read it
         os.environ.setdefault("OMP_NUM_THREADS", str(cfg.threads))
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -129,10 +179,11 @@ def _run(cfg: DictConfig) -> int:
     def free() -> Path:
         return records.default_folder("outputs", *name, int(cfg.seed), today)
 
-    folder = free() if cfg.out is None else home_read("out", str(cfg.out))
-    store = _store(cfg.store, folder if several else Path("outputs"))
     if several:
-        folder /= f"{chosen.job.num:03d}-{'-'.join(name)}-{cfg.seed}"
+        folder = _cell(cfg)
+    else:
+        folder = free() if cfg.out is None else home_read("out", str(cfg.out))
+    store = _store(cfg.store, folder.parent if several else Path("outputs"))
     own = [f"--config-dir={s.path}" for s in chosen.runtime.config_sources if s.provider == OWN]
     given = list(chosen.overrides.task)
     if several:  # this cell alone
@@ -153,6 +204,26 @@ def _run(cfg: DictConfig) -> int:
                 raise
             folder = free()
             plan = plan and replace(plan, folder=folder)
+
+
+def _done(cfg: DictConfig) -> bool:
+    """Whether this cell of a sweep is whole already, which is said. Else it can start, or go on."""
+    from fedsec.config import difference
+
+    cell = cells.look(_cell(cfg))
+    if cell.state != cells.WHOLE:
+        cells.clear(cell.folder)
+        return False
+    there = (cell.folder / records.CONFIG).read_text(encoding="utf-8", errors="surrogateescape")
+    other = difference(there, OmegaConf.to_yaml(cfg))
+    rule = (
+        f"holds a run with another {other}; repeat the command of its sweep, or name a new folder"
+    )
+    require(not other, "out", rule, cell.folder)
+    now = records.commit()
+    by = f", at commit {cell.commit}; this is {now}" if cell.commit != now else ""
+    print(f"{'skips':<12} {cell.folder.name}: done before{by}")
+    return True
 
 
 def _store(named: object, beside: Path) -> Path | None:
@@ -312,14 +383,18 @@ def _quoted(path: str, sweeps: bool) -> str:
     return f"'{escaped}'"
 
 
-@contextmanager
-def _swept(ready: list[str], words: list[str]) -> Iterator[None]:
-    """After a sweep without a single cell nothing is left of what Hydra wrote for it."""
+def _sweep(ready: list[str]) -> Path | None:
+    """The folder of the sweep that the words describe, if they do."""
     named = [word for word in ready if word.startswith("hydra.sweep.dir=")]
-    if not named:
+    return Path(str(OverridesParser.create().parse_override(named[-1]).value())) if named else None
+
+
+@contextmanager
+def _swept(folder: Path | None, words: list[str]) -> Iterator[None]:
+    """After a sweep without a single cell nothing is left of what Hydra wrote for it."""
+    if folder is None:
         yield
         return
-    folder = Path(str(OverridesParser.create().parse_override(named[-1]).value()))
     ours = [p for p in (folder, *folder.parents) if not p.exists()]
     ours = ours if _folder(words) else [folder, *folder.parents[:2]]  # see `_fresh`
     before = set(folder.iterdir()) if folder.is_dir() else set()
@@ -329,12 +404,21 @@ def _swept(ready: list[str], words: list[str]) -> Iterator[None]:
     except OSError as error:  # of Hydra: see `task`
         raise Refused("out", f"must be writable ({error.strerror})", folder) from None
     finally:
+        _forget_refused(folder)
         if folder.is_dir() and set(folder.iterdir()) - before <= {plan}:
             if plan not in before:
                 plan.unlink(missing_ok=True)
             with suppress(OSError):  # they hold something else
                 for made in ours:
                     made.rmdir()
+
+
+def _forget_refused(sweep: Path) -> None:
+    """Where every cell was refused the words were wrong, and nothing is written."""
+    there = cells.find(sweep)
+    if all(cell.state == cells.REFUSED for cell in there):
+        for cell in there:
+            cells.clear(cell.folder)
 
 
 def _refused(line: str) -> int:

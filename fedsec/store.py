@@ -51,6 +51,7 @@ class Kept:
     trajectory: Trajectory
     accuracy: float  # on the test split, in [0, 1]
     seconds: float  # that the federation took where it was trained
+    run: str  # the folder of the run that trained it
 
 
 def made(job: Job, dataset: Dataset, device: str, attack: type) -> Made:
@@ -123,8 +124,8 @@ class Store:
 
     def once(
         self, made: Made, title: Made, train: Callable[[], Kept], waits: Callable[[str], None]
-    ) -> tuple[Kept, bool]:
-        """The entry of what was `made` so, and whether it was there: else `train` makes it.
+    ) -> Kept:
+        """The entry of what was `made` so. Where there is none, `train` makes it.
 
         Only one process trains an entry, and the others wait for it; `waits` hears why. `title`
         says what an entry is, for a person.
@@ -144,10 +145,10 @@ class Store:
             if kept is not None:
                 with suppress(OSError):
                     os.utime(path)  # prune goes by the last use
-                return kept, True
+                return kept
             kept = train()
             self._write(path, made, title, kept)
-            return kept, False
+            return kept
 
     def _lease(self, path: Path) -> SoftFileLease | None:
         from filelock import SoftFileLease
@@ -196,7 +197,7 @@ class Store:
             "rounds": sorted(course.sent),
             "written": time.time(),
             **{k: getattr(course, k) for k in ("seconds_per_round", "sent_bytes")},
-            **{k: getattr(kept, k) for k in ("accuracy", "seconds")},
+            **{k: getattr(kept, k) for k in ("accuracy", "seconds", "run")},
         }
         half = path.with_name(f"{path.stem}-{os.urandom(8).hex()}.half")
         try:
@@ -228,7 +229,7 @@ def _kept(tensors: Tensors, about: dict[str, Any]) -> Kept:
         about["seconds_per_round"],
         about["sent_bytes"],
     )
-    return Kept(course, about["accuracy"], about["seconds"])
+    return Kept(course, about["accuracy"], about["seconds"], about["run"])
 
 
 # ---- the command line

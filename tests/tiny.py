@@ -13,7 +13,7 @@ from fedsec import run
 
 ROOT = Path(run.__file__).resolve().parents[1]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-SMALL = ("rounds=1", "images=4", "clients=2", "client.batch=4")
+SMALL = ("rounds=1", "images=4", "clients=2", "client.batch=4", "store=null")
 TIMINGS = ("seconds", "peak_mb")  # what differs between equal runs
 
 
