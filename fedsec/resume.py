@@ -15,6 +15,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +87,20 @@ def code(attacks: bool = True, aside: Collection[Path] = ()) -> str:
 
 def _imported() -> Iterator[Path]:
     """The source files of the modules in use that are not installed."""
+    for module in list(sys.modules.values()):
+        path = _own(getattr(module, "__file__", None) or "")
+        if path is not None:
+            yield path
+
+
+@cache
+def _own(file: str) -> Path | None:
+    """The source at a path, if it is one and not installed: there are thousands to ask about."""
     libraries = ("stdlib", "platstdlib", "purelib", "platlib")
     installed = {Path(sysconfig.get_path(name)).resolve() for name in libraries}
-    for module in list(sys.modules.values()):
-        found = getattr(module, "__file__", None)
-        path = Path(found or "").resolve()
-        if path.suffix == ".py" and path.is_file() and not installed & set(path.parents):
-            yield path
+    path = Path(file).resolve()
+    own = path.suffix == ".py" and path.is_file() and not installed & set(path.parents)
+    return path if own else None
 
 
 @dataclass(frozen=True)

@@ -449,7 +449,7 @@ def _one_line(error: Exception, words: list[str]) -> str:
     if many:
         both = f", or compose them: defense=[{many[2]}]" if many[1] == "defense" else ""
         return f"{many[1]}: takes one value; sweep over several with -m{both}, got {many[2]}"
-    nulls = [k for k, v in given.items() if v in ("null", "None")]
+    nulls = [k for k in GROUPS if given.get(k) in ("null", "None")]
     if isinstance(error, ValueError) and nulls:
         return f"{nulls[0]}: must name an option, got null"
     return f"command line: {' '.join(text.split())[:300]}"

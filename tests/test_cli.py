@@ -346,11 +346,14 @@ def test_sweeps_that_start_together_get_folders_of_their_own(tmp_path, monkeypat
 
 
 def test_a_cell_that_is_refused_or_fails_does_not_stop_the_others(go, tmp_path, monkeypatch):
-    status, _, err = go("attack.steps=0,1", "-m", "images=2")
-    assert status == 1
-    assert err == "error: attack.steps: must be at least 1, got 0\n"
-    (cell,) = (p for p in (tmp_path / "out").iterdir() if p.is_dir())
+    rule = "attack.steps: must be at least 1, got 0"
+    status, out, err = go("attack.steps=0,1", "-m", "images=2")
+    assert (status, err) == (2, f"error: {rule}\n")
+    refused, cell = sorted(p for p in (tmp_path / "out").iterdir() if p.is_dir())
     assert tiny.whole(cell)["status"] == "done"
+    assert [p.name for p in refused.iterdir()] == ["error.txt"]
+    assert (refused / "error.txt").read_text() == f"error: {rule}\n"
+    assert out.splitlines()[-1] == f"refused      {refused.name}: {rule}"
 
     class Cursed(Exception):
         pass
@@ -362,11 +365,14 @@ def test_a_cell_that_is_refused_or_fails_does_not_stop_the_others(go, tmp_path, 
 
     federate = experiment.federate
     monkeypatch.setattr(experiment, "federate", break_on_seed)
-    status, _, err = go("-m", "seed=0,1", "images=2", out="failing")
+    status, out, err = go("-m", "seed=0,1", "images=2", out="failing")
     assert status == 2
     assert "Cursed: seed 0" in err
     states = {p.name[:3]: tiny.whole(p)["status"] for p in (tmp_path / "failing").glob("0*")}
     assert states == {"000": "failed", "001": "done"}
+    failed = tmp_path / "failing/000-inverting-none-0"
+    assert "Cursed: seed 0" in (failed / "error.txt").read_text()
+    assert out.splitlines()[-1] == f"failed       {failed.name}: Cursed: seed 0"
 
 
 def test_an_interruption_ends_the_sweep_too(go, tmp_path, monkeypatch):
