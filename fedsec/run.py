@@ -216,9 +216,7 @@ def _done(cfg: DictConfig) -> bool:
         return False
     there = (cell.folder / records.CONFIG).read_text(encoding="utf-8", errors="surrogateescape")
     other = difference(there, OmegaConf.to_yaml(cfg))
-    rule = (
-        f"holds a run with another {other}; repeat the command of its sweep, or name a new folder"
-    )
+    rule = f"holds a run with another {other}; repeat its sweep's command, or name a new folder"
     require(not other, "out", rule, cell.folder)
     now = records.commit()
     by = f", at commit {cell.commit}; this is {now}" if cell.commit != now else ""

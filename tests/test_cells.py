@@ -14,8 +14,15 @@ import tiny
 
 from fedsec import cells, engine, experiment, records, resume, run
 
-GRID = ("-m", "attack=inverting,dlg", "defense=prune", "rounds=2", "images=2", "stack=1")
-SWEEP = (*GRID, "control=false", "clients=2", "client.batch=4", "attack.steps=12", "store=auto")
+GRID = (
+    "-m",
+    "attack=inverting,inverting_signed",
+    "defense=prune",
+    "rounds=2",
+    "images=2",
+    "stack=1",
+)
+SWEEP = (*GRID, "control=false", "clients=2", "client.batch=4", "attack.steps=8", "store=auto")
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +174,7 @@ def test_whole_cells_are_skipped_without_a_second_look(go, tmp_path, monkeypatch
     assert (status, err) == (0, "")
     assert out[:2] == [
         "skips        000-inverting-prune-0: done before",
-        "skips        001-dlg-prune-0: done before",
+        "skips        001-inverting_signed-prune-0: done before",
     ]
     assert out[2] == "sweep        2 cells: 2 done; 2 were done before"
     assert {p: p.read_bytes() for p in (tmp_path / "out").glob("0*/**/*") if p.is_file()} == before
@@ -186,9 +193,9 @@ def test_a_cell_of_another_sweep_is_not_taken_for_this_ones(go, tmp_path):
     assert status == 1
     assert err.count("holds a run with another rounds; repeat its sweep's command") == 2
     assert {p: p.read_bytes() for p in (tmp_path / "out").glob("0*/*")} == before
-    status, out, _ = go("attack=inverting,idlg")
-    assert status == 2
-    assert out[-1].startswith("refused      001-idlg-prune-0: ") or "001-idlg" not in out[-1]
+    status, out, err = go("attack=inverting,cpl")
+    assert (status, err) == (0, "")
+    assert "sweep        3 cells: 3 done; 2 were done before" in out
 
 
 def test_a_failed_cell_is_tried_again_and_then_forgotten(go, tmp_path, monkeypatch):
@@ -200,13 +207,15 @@ def test_a_failed_cell_is_tried_again_and_then_forgotten(go, tmp_path, monkeypat
         status, out, _ = go()
     assert status == 2
     assert out[-5] == "sweep        2 cells: 2 failed"
-    assert out[-3].startswith("go on with   python -m fedsec.run -m attack=inverting,dlg ")
+    assert out[-3].startswith(
+        "go on with   python -m fedsec.run -m attack=inverting,inverting_signed "
+    )
     assert out[-3].endswith(" out=out")
     assert out[-2:] == [
         "failed       000-inverting-prune-0: ArithmeticError: cursed",
-        "failed       001-dlg-prune-0: ArithmeticError: cursed",
+        "failed       001-inverting_signed-prune-0: ArithmeticError: cursed",
     ]
-    for name in ("000-inverting-prune-0", "001-dlg-prune-0"):
+    for name in ("000-inverting-prune-0", "001-inverting_signed-prune-0"):
         assert "ArithmeticError: cursed" in (tmp_path / "out" / name / "error.txt").read_text()
     status, out, err = go()
     assert (status, err) == (0, "")
@@ -237,7 +246,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(go, tmp_path, monkeypatch):
     attack = experiment._Run._attack
 
     def interrupted(self, *rest):
-        if self.settings.names["attack"] == "dlg":
+        if self.settings.names["attack"] == "inverting_signed":
             raise KeyboardInterrupt
         return attack(self, *rest)
 
@@ -245,7 +254,7 @@ def test_an_interrupted_sweep_says_how_it_goes_on(go, tmp_path, monkeypatch):
         patch.setattr(experiment._Run, "_attack", interrupted)
         status, out, err = go()
     assert (status, err) == (130, "")
-    assert out[-1] == "not done     001-dlg-prune-0"
+    assert out[-1] == "not done     001-inverting_signed-prune-0"
     assert "1 done, 1 not done" in out[-4]
     assert go()[0] == 0
 
@@ -261,7 +270,7 @@ def test_a_cell_that_another_process_runs_is_left_to_it(go, tmp_path, monkeypatc
     held = records.reopen(folder, (folder / "config.yaml").read_text())
     assert cells.look(folder).state == cells.RUNNING
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    status, out, err = go()
+    status, _, err = go()
     held.close()
     assert status == 2
     assert "one is writing to it" in err
