@@ -13,16 +13,21 @@ import sys
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 from fedsec import process, records, stats
 from fedsec.checks import Refused, require
 from fedsec.records import Row, Run
 
-HEAD = ("run", "defense", "round", "images", "PSNR dB", "against", "difference dB", "pairs")
+HEAD = (
+    *("run", "defense", "round", "images", "PSNR dB"),
+    *("against", "difference dB", "pairs", "p (Holm)"),
+)
 Victim = tuple[str, int, int]  # data, seed, image
 Scores = dict[Victim, float]  # mean PSNR over its rows
 CONTROL = "none"
+CORRECTED = """intervals: 95 %, each by itself
+p: by drawing the signs of the images' differences anew; corrected (Holm) for how many there are"""
 BY = ("threat", "attack", "client", "model")  # fields of a row
 
 
@@ -67,12 +72,12 @@ def cells(runs: Sequence[Run], by: str | None = None) -> list[Cell]:
         for row in run.rows:
             parts[name, row.defense, row.round, _value(row, by)].append(row)
     return [
-        Cell(name, defense, round, _scores(rows), value)
+        Cell(name, defense, round, scores(rows), value)
         for (name, defense, round, value), rows in parts.items()
     ]
 
 
-def _scores(rows: Sequence[Row]) -> Scores:
+def scores(rows: Sequence[Row]) -> Scores:
     """Of each image: its index says which it is within one data set, split by one seed."""
     each: dict[Victim, list[float]] = defaultdict(list)
     for row in rows:
@@ -81,11 +86,20 @@ def _scores(rows: Sequence[Row]) -> Scores:
     return {image: sum(values) / len(values) for image, values in each.items()}
 
 
-def difference(cell: Cell, other: Cell) -> tuple[stats.Interval, int]:
-    """Mean over the images that both attacked, its 95 % interval, and how many they are."""
-    both = [image for image in cell.scores if image in other.scores]
-    a, b = ([c.scores[image] for image in both] for c in (cell, other))
-    return stats.paired_difference(a, b, _clusters(both)), len(both)
+@dataclass(frozen=True)
+class Gap:
+    """A difference in PSNR, on the images that both attacked."""
+
+    interval: stats.Interval  # dB
+    chance: float | None  # two-sided p, before any correction
+    pairs: int
+
+
+def difference(own: Scores, other: Scores) -> Gap:
+    """Of the means over the images that both attacked; an image is one, whatever the seed."""
+    both = [image for image in own if image in other]
+    pairs = [own[v] for v in both], [other[v] for v in both], _clusters(both)
+    return Gap(stats.paired_difference(*pairs), stats.chance(*pairs), len(both))
 
 
 def _clusters(victims: Sequence[Victim]) -> list[Hashable]:
@@ -101,19 +115,39 @@ def beside(found: Sequence[Cell]) -> list[list[str]]:
     values = list(dict.fromkeys(cell.value for cell in found))
     first, *rest = values
     gaps = ("difference dB" if len(rest) == 1 else f"{value} - {first} dB" for value in rest)
-    heads = [word for gap in gaps for word in (gap, "pairs")]
+    heads = [word for gap in gaps for word in (gap, "pairs", "p (Holm)")]
     table = [["run", "defense", "round", *(f"{value} dB" for value in values), *heads]]
-    for where in dict.fromkeys((c.run, c.defense, c.round) for c in found):
-        same = {c.value: c for c in found if (c.run, c.defense, c.round) == where}
-        words = [*map(str, where), *(_mean(same.get(value)) for value in values)]
+    by_place: dict[tuple, dict[str, Cell]] = defaultdict(dict)
+    for cell in found:
+        by_place[cell.run, cell.defense, cell.round][cell.value] = cell
+    measured = {
+        (place, value): difference(same[value].scores, same[first].scores)
+        for place, same in by_place.items()
+        for value in rest
+        if value in same and first in same
+    }
+    corrected = _corrected(measured)
+    for place, same in by_place.items():
+        words = [*map(str, place), *(_mean(same.get(value)) for value in values)]
         for value in rest:
-            if value in same and first in same:
-                gap, pairs = difference(same[value], same[first])
-                words += [said(gap, "+"), str(pairs)]
-            else:
-                words += ["", ""]
+            words += _told(measured.get((place, value)), corrected.get((place, value)))
         table.append(words)
     return table
+
+
+def _corrected(measured: dict[Any, Gap]) -> dict[Any, float | None]:
+    """The p of each, corrected for that there are the others."""
+    return dict(zip(measured, stats.holm([g.chance for g in measured.values()]), strict=True))
+
+
+def _told(gap: Gap | None, chance: float | None) -> list[str]:
+    return ["", "", ""] if gap is None else [said(gap.interval, "+"), str(gap.pairs), p(chance)]
+
+
+def p(chance: float | None) -> str:
+    if chance is None:
+        return ""
+    return "< 0.001" if chance < 0.001 else f"{chance:.{2 if chance >= 0.1 else 3}f}"
 
 
 def _mean(cell: Cell | None) -> str:
@@ -128,16 +162,18 @@ def lines(found: Sequence[Cell], to: str | None) -> list[list[str]]:
     Cells of that run itself, and all without `to`: a defense's to the control of the same age, the
     control's to that of the youngest model.
     """
+    others = [_beside(cell, found, to) for cell in found]
+    measured = {
+        i: difference(cell.scores, other.scores)
+        for i, (cell, (_, other)) in enumerate(zip(found, others, strict=True))
+        if other is not None and other is not cell
+    }
+    corrected = _corrected(measured)
     table: list[list[str]] = [list(HEAD)]
-    for cell in found:
-        name, other = _beside(cell, found, to)
+    for i, (cell, (name, _)) in enumerate(zip(found, others, strict=True)):
         words = [cell.run, cell.defense, str(cell.round), str(len(cell.scores)), _mean(cell)]
-        if other is None or other is cell:
-            words += ["", "", ""]
-        else:
-            gap, pairs = difference(cell, other)
-            words += [name, said(gap, "+"), str(pairs)]
-        table.append(words)
+        against = name if i in measured else ""
+        table.append([*words, against, *_told(measured.get(i), corrected.get(i))])
     return table
 
 
@@ -192,7 +228,7 @@ def main(words: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return 1 if stop.code else 0
     try:
-        runs = [records.read(folder) for folder in records.find(list(map(Path, asked.folders)))]
+        runs, broken = records.read_all(asked.folders)
         found = cells(runs, asked.by)
         require(bool(found), "folder", "must hold at least one finished image",
                 " ".join(asked.folders))  # fmt: skip
@@ -201,10 +237,12 @@ def main(words: Sequence[str] | None = None) -> int:
             require(asked.to in known, "--to", f"must be among {', '.join(known)}", asked.to)
         table = beside(found) if asked.by else lines(found, asked.to)
         print(shown(table, asked.markdown))
-        print("\n95 % intervals, each by itself: one difference of 20 that are nothing looks real")
+        print("\n" + CORRECTED)
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 1
+    for refused in broken:
+        print(f"left out: {refused}", file=sys.stderr)
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fedsec import process, records, stats
 from fedsec.checks import Refused, require
@@ -138,13 +137,15 @@ def main(words: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return 1 if stop.code else 0
     try:
-        runs = [records.read(folder) for folder in records.find(list(map(Path, asked.folders)))]
+        runs, broken = records.read_all(asked.folders)
         found = prices(runs)
         require(bool(found), "folder", "must hold at least one finished run",
                 " ".join(asked.folders))  # fmt: skip
     except Refused as refused:
         print(f"error: {refused}", file=sys.stderr)
         return 1
+    for refused in broken:
+        print(f"left out: {refused}", file=sys.stderr)
     print(shown(lines(found), asked.markdown))
     print("\nbytes: of one client in one round, in the update's natural encoding; intervals: 95 %,")
     print("over seeds, which have to be several. Seconds are this machine's: compare within it.")

@@ -334,6 +334,21 @@ def find(folders: Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
+def read_all(folders: Sequence[str | Path]) -> tuple[list[Run], list[Refused]]:
+    """The runs at or below `folders`, and why others cannot be read. Refuses where none can."""
+    runs, refused = [], []
+    for folder in find(folders):
+        try:
+            runs.append(read(folder))
+        except Refused as wrong:
+            refused.append(wrong)
+        except OSError as error:
+            refused.append(Refused(str(folder), "must be readable", error.strerror))
+    if not runs:
+        raise refused[0]
+    return runs, refused
+
+
 def read(folder: str | Path) -> Run:
     """Read a run folder, also one whose run still goes on or was killed.
 
@@ -388,6 +403,13 @@ def versions() -> dict[str, str | None]:
 _ASIDE = ("null", "stage", "oracle_psnr")  # absent where they mean nothing
 _MEASURED = tuple(f.name for f in fields(Row) if f.default is None and f.name not in _ASIDE)
 _WHY = {"commit": "fedsec does not run from a checkout"}
+_TYPES = {"str": (str,), "int": (int,), "float": (float, int), "bool": (bool,)}
+_WORDS = {f.name: str(f.type) for f in fields(Row)}
+_KINDS = {  # what a row may hold, by the annotations above
+    name: (*_TYPES[said.removesuffix(" | None")], *([type(None)] if "None" in said else []))
+    for name, said in _WORDS.items()
+    if said.removesuffix(" | None") in _TYPES
+}
 _REQUIRED = tuple(f.name for f in fields(Row) if f.default is MISSING)
 
 
@@ -448,6 +470,9 @@ def _parsed(line: bytes, where: str) -> Row:
     missing = [name for name in _REQUIRED if name not in values]
     require(not missing, where, "must have every field of a row; missing", ", ".join(missing))
     known: dict[str, Any] = {f.name: values[f.name] for f in fields(Row) if f.name in values}
+    for name, value in known.items():
+        fits = name not in _KINDS or type(value) in _KINDS[name]
+        require(fits, where, f"must have {_WORDS.get(name)} as {name}", json.dumps(value))
     for name in ("flags", "stages"):
         known[name] = tuple(_listed(known.get(name)))
     return Row(**known)

@@ -41,7 +41,7 @@ def test_only_images_that_both_attacked_are_compared(two, capsys):
     mean, low, high = stats.paired_difference([18, 20, 30], [20, 24, 31], [1, 2, 3])
     assert mean == pytest.approx(-7 / 3)
     assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in said.out
-    assert [word.strip() for word in second if word][-1] == "3"
+    assert [word.strip() for word in second if word][-2:] == ["3", "0.25"]
     whole = stats.paired_difference([18, 20, 30, 10], [20, 24, 31, 50], [1, 2, 3, 4])
     assert f"{whole[0]:+.1f}" not in said.out, "else the order would not matter"
 
@@ -54,12 +54,12 @@ def test_runs_that_differ_in_their_seed_are_one(tmp_path, capsys):
     status, said = told(capsys, tmp_path, "--to", "model=a")
     assert status == 0
     lines = said.out.splitlines()
-    assert len(lines) == 5, "head, two settings, and a word on intervals"
+    assert len(lines) == 6, "head, two settings, and two lines on intervals and p"
     mean, low, high = stats.paired_difference(
         [18, 19, 22, 19, 19, 22], [20, 24, 22] * 2, [1, 2, 3] * 2
     )
     assert f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" in lines[2]
-    assert lines[2].split()[-1] == "6"
+    assert lines[2].split()[-2:] == ["6", "0.50"]
 
 
 def test_an_image_of_another_seed_is_another(tmp_path, capsys):
@@ -87,9 +87,10 @@ def test_without_a_reference_a_control_stands_beside_a_defense_and_the_youngest(
     assert [" ".join(line.split()[3:5]) for line in lines[1:7]] == [
         "none 0", "prune 0", "none 50", "prune 50", "none 200", "prune 200"]  # fmt: skip
     gaps = [" ".join(line.split()[9:]) for line in lines[1:7]]
-    defended = "none (control) -3.0 [-3.0, -3.0] 3"
-    assert gaps == ["", defended, "round 0 -4.0 [-4.0, -4.0] 3", defended,
-                    "round 0 -9.0 [-9.0, -9.0] 3", defended]  # fmt: skip
+    # the least p of three images is 0.25, and there are five differences
+    defended = "none (control) -3.0 [-3.0, -3.0] 3 1.00"
+    assert gaps == ["", defended, "round 0 -4.0 [-4.0, -4.0] 3 1.00", defended,
+                    "round 0 -9.0 [-9.0, -9.0] 3 1.00", defended]  # fmt: skip
 
 
 def test_runs_are_named_by_what_their_commands_do_not_share(tmp_path):
@@ -130,6 +131,14 @@ def test_what_cannot_be_compared_is_one_line(tmp_path, capsys):
     assert told(capsys)[0] == 1
 
 
+def test_a_run_that_cannot_be_read_is_named_and_left_out(two, capsys):
+    (two / "c").mkdir()
+    (two / "c" / "records.jsonl").write_text("{ broken\n")
+    status, said = told(capsys, two)
+    assert (status, len(said.out.splitlines())) == (0, 6)
+    assert said.err.startswith(f"left out: {two}/c/records.jsonl:1: must be JSON")
+
+
 def test_runs_that_differ_in_their_threat_model_stand_side_by_side(tmp_path, capsys):
     for threat, shift in (("naive", 0.0), ("knowing", 4.0)):
         for defense, level in (("prune", 12.0), ("noise", 20.0)):
@@ -142,12 +151,16 @@ def test_runs_that_differ_in_their_threat_model_stand_side_by_side(tmp_path, cap
     assert status == 0
     head, _, *rows = said.out.splitlines()
     names = [word.strip() for word in head.strip("| ").split("|")]
-    assert names == ["run", "defense", "round", "knowing dB", "naive dB", "difference dB", "pairs"]
+    assert names == [
+        *("run", "defense", "round", "knowing dB", "naive dB", "difference dB", "pairs"),
+        "p (Holm)",
+    ]
     assert len([row for row in rows if row.startswith("|")]) == 2, "one line for each defense"
+    assert stats.holm([0.25, 0.25]) == [0.5, 0.5]
     mean, low, high = stats.paired_difference([0.0] * 6, [4.0, 8, 12] * 2, [0, 1, 2] * 2)
     for defense, level in (("noise", 20.0), ("prune", 12.0)):
         line = next(row for row in rows if row.startswith(f"| defense={defense} |"))
-        assert line.endswith(f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] | 6 |")
+        assert line.endswith(f"| {mean:+.1f} [{low:+.1f}, {high:+.1f}] | 6 | 0.50 |")
         assert f"| {level + 0.5 + 8:.1f} [" in line
         assert f"| {level + 0.5:.1f} [" in line
 

@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from fedsec import stats
 from fedsec.checks import Refused
-from fedsec.stats import bootstrap, paired_difference, success, summary, wilson
+from fedsec.stats import (
+    bootstrap,
+    chance,
+    holm,
+    paired_difference,
+    pareto,
+    success,
+    summary,
+    wilson,
+)
 
 
 def rows(n, per=1, spread=2.0, noise=1.0, seed=0):
@@ -190,3 +199,73 @@ def test_twenty_thousand_rows_take_seconds():
     assert time.perf_counter() - start < 10
     assert low < mean < high
     assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 20_000**0.5, rel=0.1)
+
+
+# ---- comparisons --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 5, 12, 14, 15, 40, 200])
+def test_the_chance_of_a_difference_is_that_of_scipy(n):
+    from scipy.stats import permutation_test
+
+    rng = np.random.default_rng(n)
+    a, b = 20 + rng.normal(size=n), 20.4 + rng.normal(size=n)
+    tried = np.inf if n <= 15 else 20_000
+    twin = permutation_test(
+        (a, b), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples",
+        n_resamples=tried, rng=np.random.default_rng(1),
+    )  # fmt: skip
+    p = twin.pvalue  # where it draws, of one side, and twice that
+    deviation = math.sqrt(p * (1 - p) / 20_000 + p * (2 - p) / tried) if n > 14 else 0.0
+    tolerance = 4 * deviation + 1e-12
+    assert chance(a.tolist(), b.tolist(), range(n)) == pytest.approx(twin.pvalue, abs=tolerance)
+
+
+def test_the_chance_of_a_difference_takes_whole_images():
+    """Copies of a row tell nothing new; rows that lack one side are no pairs."""
+    a, b = [1.0, 2.0, 3.5, 1.5, 0.5], [0.0, 0.5, 1.0, 0.0, 1.0]
+    once = chance(a, b, range(5))
+    assert once == 4 / 32  # +++++, ++++-, and their opposites
+    assert chance(a * 3, b * 3, [*range(5)] * 3) == once
+    assert chance([*a, None, 9.0], [*b, 1.0, math.nan], [*range(5), 7, 8]) == once
+    assert chance(a[:1], b[:1], [0]) is None
+    assert chance([], [], []) is None
+    assert chance([2.0, 3.0], [2.0, 3.0], [0, 1]) == 1.0
+
+
+@pytest.mark.slow
+def test_a_difference_that_is_none_is_found_as_often_as_is_said():
+    rng = np.random.default_rng(0)
+    for n in (8, 20):
+        low = [chance(rng.normal(size=n).tolist(), rng.normal(size=n).tolist(), range(n))
+               for _ in range(2000)]  # fmt: skip
+        share = np.mean([p <= 0.05 for p in low])
+        assert 0.03 < share < 0.065
+
+
+def test_holm_by_hand():
+    # 0.01 x 4, 0.02 x 3, 0.03 x 2, and then never less than the one before
+    expected = [0.06, 0.04, None, 0.06, 0.06]
+    assert holm([0.03, 0.01, None, 0.04, 0.02]) == pytest.approx(expected)
+    assert holm([0.4, 0.9, 0.8]) == [1.0, 1.0, 1.0]
+    assert holm([0.03]) == [0.03]
+    assert holm([]) == []
+
+
+def test_holm_keeps_the_share_of_reports_that_err():
+    """Uncorrected, a report of twenty differences that are none would err in 64 %."""
+    rng = np.random.default_rng(0)
+    reports = rng.random((4000, 20))
+    plain = np.mean([min(ps) < 0.05 for ps in reports])
+    corrected = np.mean([min(p for p in holm(ps.tolist()) if p is not None) < 0.05
+                         for ps in reports])  # fmt: skip
+    assert plain > 0.6
+    assert 0.035 < corrected < 0.06
+
+
+@given(st.lists(st.tuples(st.integers(0, 6).map(float), st.integers(0, 6).map(float))))
+def test_the_front_is_that_of_comparing_each_with_each(points):
+    def beaten(p):
+        return any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)
+
+    assert pareto(points) == [not beaten(p) for p in points]
