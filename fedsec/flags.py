@@ -82,12 +82,13 @@ def _of_defended(group: Group, control: Group | None, scenario: Scenario) -> Ite
             f"{group['attack']} under {name} is below the null ({_decibel(group.gain)}): guessing "
             "would have come closer; that this attack fails does not make others fail [below-null]"
         )
-    if control is not None and group.leaks is not None and control.leaks is not None:
-        more = _above(group, control)
-        if more.low is not None and more.low > 0:
+    if group.against is not None and group.leaks is not None and control is not None:
+        more, low, high = group.against.interval
+        if control.leaks is not None and low is not None and low > 0:
             yield (
-                f"{name} leaks more than the control, by {_decibel(more)} on the same images: "
-                "either the defense gives more away, or the attack suits it better [leaks-more]"
+                f"{name} leaks more than the control, by {more:.1f} dB [{low:.1f}, {high:.1f}] on "
+                "the same images: either the defense gives more away, or the attack suits it "
+                "better [leaks-more]"
             )
     for measured in (m for run in group.runs for m in inner(run, "privacy").get("measured", ())):
         if measured["chance"] < CHANCE:
@@ -131,18 +132,6 @@ def _of_any(group: Group, name: str) -> Iterator[str]:
         yield f"{where}: the attack's objective ended non-finite [loss-not-finite]"
     if where := images(lost):
         yield f"{where}: restarts became non-finite and were dropped [restarts-lost]"
-
-
-def _above(group: Group, control: Group) -> Estimate:
-    """PSNR minus the control's on the same images."""
-    from fedsec import stats
-    from fedsec.report.numbers import Estimate
-
-    plain = {(r.seed, r.victim, r.image): r.psnr for r in control.rows}
-    rows = [r for r in group.rows if (r.seed, r.victim, r.image) in plain]
-    there = [plain[r.seed, r.victim, r.image] for r in rows]
-    pairs = [r.psnr for r in rows], there, [r.image for r in rows]
-    return Estimate(*stats.paired_difference(*pairs), len(rows), len(group.rows))
 
 
 def _decibel(found: Estimate) -> str:

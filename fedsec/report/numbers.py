@@ -8,15 +8,19 @@ are too few images to have one, and stands beside the best null baseline.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedsec import records
 from fedsec.checks import Refused
 from fedsec.records import Row, Run
+
+if TYPE_CHECKING:
+    from fedsec.compare import Gap
 
 CONTROL = "none"  # the defense of the control
 FEWEST = 4  # images below which "leaks" is never said: a bootstrap of two or three is no interval
@@ -39,6 +43,22 @@ class Estimate:
     total: int
 
 
+@dataclass
+class Family:
+    """Comparisons that are shown together: the more there are, the more differ by chance."""
+
+    groups: list[Group] = field(default_factory=list)
+
+    @cached_property
+    def chances(self) -> dict[int, float | None]:
+        """Of each group, by its id, the p of its difference to the control, corrected (Holm)."""
+        from fedsec import stats
+
+        gaps = [group.against for group in self.groups]
+        corrected = stats.holm([gap and gap.chance for gap in gaps])
+        return dict(zip(map(id, self.groups), corrected, strict=True))
+
+
 @dataclass(frozen=True)
 class Group:
     """The rows of one setting, which may be averaged, and the runs that they came from."""
@@ -48,25 +68,28 @@ class Group:
     status: str
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
+    family: Family = field(default_factory=Family, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> str:
-        return dict(self.setting)[key]
+        return self.named[key]
+
+    @cached_property
+    def named(self) -> dict[str, str]:
+        return dict(self.setting)
 
     @property
     def control(self) -> bool:
         return self["defense"] == CONTROL
 
-    @property
-    def undefended(self) -> Group:
-        """This setting without its defense's hyperparameters."""
-        kept = tuple((k, v) for k, v in self.tuned if not k.startswith("defense"))
-        return replace(self, tuned=kept)
-
-    @property
+    @cached_property
     def scenario(self) -> tuple:
         """The setting without its defense: what is compared."""
-        named = tuple((k, v) for k, v in self.setting if k != "defense")
-        return named, self.undefended.tuned, self.status
+        return self.without("defense")
+
+    def without(self, *parts: str) -> tuple:
+        """The setting but for its attack, say, and that one's hyperparameters."""
+        named = tuple((k, v) for k, v in self.setting if k not in parts)
+        return named, tuple(t for t in self.tuned if t[0].split(".")[0] not in parts), self.status
 
     @cached_property
     def images(self) -> int:
@@ -122,6 +145,26 @@ class Group:
         return None if self.gain.low is None or scored < FEWEST else self.gain.low > 0
 
     @cached_property
+    def beside(self) -> Group | None:
+        """The control of the same scenario."""
+        alike = (g for g in self.family.groups if g.control and g.scenario == self.scenario)
+        return None if self.control else next(alike, None)
+
+    @cached_property
+    def against(self) -> Gap | None:
+        """PSNR minus the control's, on the images that both attacked."""
+        from fedsec import compare
+
+        if self.beside is None:
+            return None
+        return compare.difference(compare.scores(self.rows), compare.scores(self.beside.rows))
+
+    @property
+    def chance(self) -> float | None:
+        """The p of that difference, corrected for the others of the report."""
+        return self.family.chances.get(id(self))
+
+    @cached_property
     def accuracy(self) -> Estimate:
         return _over_seeds(self.runs, "control_accuracy" if self.control else "accuracy")
 
@@ -171,7 +214,10 @@ def groups(runs: Sequence[Run]) -> list[Group]:
     def rank(group: Group) -> tuple[bool, int, bool]:
         return group.status != "done", order.index(group.scenario), not group.control
 
-    return sorted(made, key=rank)
+    made.sort(key=rank)
+    family = Family()
+    family.groups += [replace(group, family=family) for group in made]
+    return list(family.groups)
 
 
 @dataclass(frozen=True)
@@ -182,35 +228,56 @@ class Scenario:
     groups: tuple[Group, ...]
     names: tuple[str, ...] = ()  # of the groups, where they differ in more than their defense
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """For each group its defense, and hyperparameters where they differ."""
         if self.names:
             return list(self.names)
-        return [self.label(group) for group in self.groups]
+        words = _differing(self.groups)
+        return [
+            "none (control)" if group.control else " · ".join([group["defense"], *more])
+            for group, more in zip(self.groups, words, strict=True)
+        ]
 
     def label(self, group: Group) -> str:
-        if group.control:
-            return "none (control)"
-        peers = [other for other in self.groups if other["defense"] == group["defense"]]
-        return " · ".join([group["defense"], *_differing(group, peers)])
+        return self.labels[next(i for i, other in enumerate(self.groups) if other is group)]
 
 
 def scenarios(found: Sequence[Group]) -> list[Scenario]:
     """`found` split into what can be compared with each other."""
-    members: dict[tuple, list[Group]] = {}
+    return _split(found, "defense")
+
+
+def strongest(found: Sequence[Group]) -> list[Scenario]:
+    """Of each defended setting the attack that reconstructs best on the mean, control first.
+
+    What is split is what a client cannot choose: data, model, age, threat model.
+    """
+    best = []
+    for scenario in _split(found, "defense", "attack"):
+        same: dict[tuple, list[Group]] = defaultdict(list)
+        for group in scenario.groups:
+            same[group.without("attack")].append(group)
+        groups = tuple(max(each, key=lambda g: g.psnr.mean or 0.0) for each in same.values())
+        best.append(Scenario(scenario.heading, groups))
+    return best
+
+
+def _split(found: Sequence[Group], *parts: str) -> list[Scenario]:
+    """By everything but these parts of the setting; the heading is what tells each apart."""
+    members: dict[tuple, list[Group]] = defaultdict(list)
     for group in found:
-        members.setdefault(group.scenario, []).append(group)
+        members[group.without(*parts)].append(group)
     firsts = [each[0] for each in members.values()]
+    varied = {k for k in firsts[0].named if len({g[k] for g in firsts}) > 1} if firsts else set()
     split = []
-    for each in members.values():
+    for each, more in zip(members.values(), _differing(firsts, parts), strict=True):
         words = [
             f"{key} {value}" if key in ("mode", "batch", "round") else value
             for key, value in each[0].setting
-            if key != "defense" and len({first[key] for first in firsts}) > 1
+            if key not in parts and key in varied
         ]
-        words += _differing(each[0].undefended, [first.undefended for first in firsts])
-        words += [each[0].status] if each[0].status != "done" else []
+        words += more + ([each[0].status] if each[0].status != "done" else [])
         split.append(Scenario(" · ".join(words), tuple(each)))
     return split
 
@@ -247,16 +314,35 @@ def _after(row: Row, stages: Sequence[str]) -> Row:
     )
 
 
-def _differing(group: Group, peers: Sequence[Group]) -> list[str]:
-    """The hyperparameters, by their last name, in which what has the same name differs."""
-    named = dict(group.setting)
-    words = []
-    for key, value in group.tuned:
-        part = key.split(".")[0]
-        alike = [p for p in peers if part not in named or p[part] == group[part]]
-        if any(dict(peer.tuned).get(key) != value for peer in alike):
-            words.append(f"{key.rpartition('.')[2]} {value}")
-    return words
+def _differing(groups: Sequence[Group], aside: Sequence[str] = ()) -> list[list[str]]:
+    """For each group the hyperparameters, by their last name, in which its like differ.
+
+    Those of an attack are compared among settings with the same attack. `aside`: not these parts'.
+    """
+    tuned = [
+        {k: v for k, v in g.tuned if k.split(".")[0] not in aside} for g in groups
+    ]  # fmt: skip
+    values: dict[tuple, set] = defaultdict(set)
+    holders: Counter[tuple] = Counter()
+    for group, each in zip(groups, tuned, strict=True):
+        for key, value in each.items():
+            values[_alike(group, key)].add(value)
+            holders[_alike(group, key)] += 1
+    peers = Counter((part, group.named.get(part)) for part in {k[0] for k in values}
+                    for group in groups)  # fmt: skip
+    return [
+        [
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in each.items()
+            if len(values[alike := _alike(group, key)]) > 1 or holders[alike] < peers[alike[:2]]
+        ]
+        for group, each in zip(groups, tuned, strict=True)
+    ]
+
+
+def _alike(group: Group, key: str) -> tuple[str, str | None, str]:
+    part = key.split(".")[0]
+    return part, group.named.get(part), key
 
 
 def gain(row: Row) -> float | None:
@@ -297,12 +383,20 @@ def config(folder: Path) -> dict[str, str]:
     import yaml
 
     path = folder / records.CONFIG
-    if not path.exists():
-        return {}
     try:
-        flat = _flat(yaml.safe_load(path.read_text("utf-8", "replace")))
+        return _parsed(path.read_text("utf-8", "replace")) if path.exists() else {}
     except yaml.YAMLError as error:
         raise Refused(str(path), "must be YAML", str(error).splitlines()[0]) from None
+    except OSError as error:
+        raise Refused(str(path), "must be readable", error.strerror) from None
+
+
+@lru_cache(maxsize=2**16)
+def _parsed(text: str) -> dict[str, str]:
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where there is one
+    flat = _flat(yaml.load(text, loader))
     return {k: v for k, v in flat.items() if k.split(".")[0] not in ASIDE and k not in ASIDE}
 
 
