@@ -36,6 +36,7 @@ Prior = Callable[[Float[Tensor, "b c h w"]], Tensor]  # normalised images of one
 EVERY = 25  # steps between two looks at the lanes: the only synchronisations with the device
 LARGE = 1_000_000  # parameters from which columns are faster than convolutions, for single images
 LANES = 64  # whose columns still fit: more would take gigabytes
+POINTS = 50  # of the curve of a search's objective, at most
 FALL = 1e-3  # relative: an objective that falls by less is taken to stand still
 
 
@@ -278,15 +279,17 @@ def match(
     lost = torch.zeros(len(best), dtype=torch.bool, device=x.device)  # of all lanes
     mark = torch.full_like(best, torch.finfo(best.dtype).max)  # objective at its last real fall,
     fallen = torch.zeros(len(best), dtype=torch.long, device=x.device)  # and the step
+    stride = -(-search.steps // (POINTS - 2)) or 1
+    curve = _curve(search.steps, stride, lanes.victims).to(best)
     place, first = _place(lanes, progress, x), 0
     if place.saved is not None:
         kept = {k: t.to(x.device) for k, t in place.saved.items()}
-        x, active, best, best_x, done, lost, mark, fallen = (kept[k] for k in _KEPT)
+        x, active, best, best_x, done, lost, mark, fallen, curve = (kept[k] for k in _KEPT)
         moves, looks, first = kept["moves"].cpu(), kept["looks"].cpu(), int(kept["step"])
         state = {k.removeprefix(_RULE): t for k, t in kept.items() if k.startswith(_RULE)}
 
     def keep_at(step: int, over: bool = False) -> None:
-        values = (x, active, best, best_x, done, lost, mark, fallen)
+        values = (x, active, best, best_x, done, lost, mark, fallen, curve)
         kept = dict(zip(_KEPT, values, strict=True)) | {_RULE + k: t for k, t in state.items()}
         place.save(kept | {"moves": moves, "looks": looks, "step": torch.tensor(step)}, over)
 
@@ -303,6 +306,8 @@ def match(
         better = loss < best[active]  # false for NaN
         best[active] = torch.where(better, loss, best[active])
         best_x[active] = torch.where(better[:, None], x, best_x[active])
+        if step % stride == 0 or step == search.steps:
+            curve[:, -(-step // stride), 1] = best.reshape(-1, search.restarts).amin(1)
         broken = ~(loss.isfinite() & gradient.isfinite().all(1))
         lost[active] |= broken
         done = done | broken | (loss <= search.enough)
@@ -340,7 +345,14 @@ def match(
         found = found.saying(objective.trouble)
     if search.half and not lanes.halved:
         found = found.saying("half: no step has a way in bfloat16 here, and all were exact")
-    return replace(found, gflop=found.gflop + spent)
+    return replace(found, gflop=found.gflop + spent, curve=curve.cpu())
+
+
+def _curve(steps: int, stride: int, victims: int) -> Float[Tensor, "v p 2"]:
+    """The steps of a curve's points: every `stride`th and the last; no objective yet."""
+    at = torch.tensor([*range(0, steps, stride), steps], dtype=torch.double)
+    each = torch.stack([at, torch.full_like(at, torch.nan)], 1)
+    return each.repeat(victims, 1, 1)
 
 
 def judged(
@@ -417,7 +429,7 @@ def cuda_graph(fn: Callable[[], tuple[Tensor, Tensor]]) -> Replay:
 
 
 # of the loop, with moves, looks and step
-_KEPT = ("x", "active", "best", "best_x", "done", "lost", "mark", "fallen")
+_KEPT = ("x", "active", "best", "best_x", "done", "lost", "mark", "fallen", "curve")
 _RULE = "rule."  # before the names of what the step rule remembers
 
 

@@ -508,6 +508,7 @@ class _Run:
                         stage=pick,
                         oracle_psnr=steps[i][-1].best_psnr if steps[i] else None,
                         stages=tuple(asdict(step) for step in steps[i]),
+                        curve=_curve(attack.found, v) if i == 0 else (),
                     )
                 )
                 first += 1
@@ -673,6 +674,12 @@ class _Attacked:
         found = Reconstruction(**whole, flags=tuple(map(tuple, about["flags"])), stages=stages)
         own = {k: about[k] for k in ("seconds", "peak_mb", "reasons")}
         return _Attacked(stack, found, **own, unread=frozenset(about["unread"]))
+
+
+def _curve(found: Reconstruction, victim: int) -> tuple[tuple[int, float], ...]:
+    """The objective of a victim over the steps, to four digits."""
+    points = found.curve[victim].tolist() if len(found.curve) else []
+    return tuple((int(n), float(f"{loss:.4g}")) for n, loss in points if math.isfinite(loss))
 
 
 def _steps(

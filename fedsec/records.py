@@ -100,6 +100,8 @@ class Row:
     stage: str | None = None  # of several attacks, the one that the attacker believes
     oracle_psnr: float | None = None  # dB, of the best of them by the truth: an upper bound
     stages: tuple[Mapping[str, Any], ...] = ()  # of each, in order: see `Step`
+    # (step, least objective so far), at most 50; only in the row of an update's first image
+    curve: tuple[Sequence[float | int], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,9 +473,9 @@ def _parsed(line: bytes, where: str) -> Row:
     require(not missing, where, "must have every field of a row; missing", ", ".join(missing))
     known: dict[str, Any] = {f.name: values[f.name] for f in fields(Row) if f.name in values}
     for name, value in known.items():
-        fits = name not in _KINDS or type(value) in _KINDS[name]
-        require(fits, where, f"must have {_WORDS.get(name)} as {name}", json.dumps(value))
-    for name in ("flags", "stages"):
+        if name in _KINDS and type(value) not in _KINDS[name]:
+            raise Refused(where, f"must have {_WORDS[name]} as {name}", json.dumps(value))
+    for name in ("flags", "stages", "curve"):
         known[name] = tuple(_listed(known.get(name)))
     return Row(**known)
 

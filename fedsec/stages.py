@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from fedsec import cost, engine, labels, priors
 from fedsec.attack import Attack, Place, Progress, Told
@@ -131,6 +132,7 @@ class Race:
         grey = grey.to(next(seen.model.parameters()))
         self.stages: list[Stage] = []
         named = self.targets.argmax(-1)
+        self.curves: dict[tuple[int, int], Tensor] = {}  # of (victim, stage): [p, 2]
         self._add("labels", everybody, grey, named, [()] * v, self.spent + told, start)
 
     @property
@@ -171,6 +173,8 @@ class Race:
         start = time.perf_counter()
         found = attack(seen, rngs, part)
         self.steps[list(victims)] += found.steps
+        for v, curve in zip(victims, found.curve.double(), strict=False):  # none: no search
+            self.curves[v, len(self.stages)] = curve
         flags = list(found.flags) or [()] * len(victims)
         # where images are mixed, a source causes another update than what the loss was told
         own = "defense" in seen.grants and seen.defense.mixes
@@ -267,8 +271,10 @@ class Race:
         flags = tuple(
             (*self.flags[s][v], *self._words(v, s)) for v, s in zip(rows, pick, strict=True)
         )
-        stages = tuple(self.stages)
-        return Reconstruction(images, named, loss, self.steps, self.spent, flags, stages)
+        stages, unknown = tuple(self.stages), torch.zeros(0, 2).double()
+        curves = [self.curves.get((v, s), unknown) for v, s in zip(rows, pick, strict=True)]
+        curve = pad_sequence(curves, batch_first=True, padding_value=torch.nan)
+        return Reconstruction(images, named, loss, self.steps, self.spent, flags, stages, curve)
 
     def _words(self, victim: int, stage: int) -> Iterable[str]:
         if stage == 0 and any(float(s.gflop[victim]) > 0 for s in self.stages[1:]):

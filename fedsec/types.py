@@ -128,6 +128,8 @@ class Reconstruction:
     gflop: Float[Tensor, " v"]  # arithmetic spent on each victim, counted
     flags: tuple[tuple[str, ...], ...] = field(default=())  # plain words, one tuple for each victim
     stages: tuple[Stage, ...] = ()  # where an attack runs several others: each, in order
+    # of each victim (step, least objective so far); NaN where it had ended; n = 0: not known
+    curve: Float[Tensor, "n p 2"] = field(default_factory=lambda: torch.zeros(0, 0, 2))
 
     def saying(self, word: str) -> Reconstruction:
         """The same with a flag more for every victim."""

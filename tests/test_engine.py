@@ -267,6 +267,32 @@ def test_the_best_iterate_is_returned_not_the_last():
     torch.testing.assert_close(engine.cosine(again, goal), found.loss[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("steps", [3, 48, 49, 101])
+def test_a_curve_holds_what_shorter_searches_end_with(steps):
+    """Each point of it, two restarts of two victims at once."""
+    model, targets = built("mlp"), private(1).targets.expand(2, -1, -1)
+    seen = observed(model, [private(1, seed=v) for v in range(2)])
+    whole = engine.match(seen, targets, signed(steps, restarts=2), rngs(2), nothing)
+    at, least = whole.curve.unbind(-1)
+    assert len(at[0]) <= engine.POINTS
+    assert at[0].tolist() == at[1].tolist()
+    assert (at[0, 0], at[0, -1]) == (0, steps)
+    torch.testing.assert_close(least[:, -1], whole.loss.double())
+    for point in {1, len(at[0]) // 2, len(at[0]) - 2}:
+        short = signed(int(at[0, point]), restarts=2)
+        found = engine.match(seen, targets, short, rngs(2), nothing)
+        torch.testing.assert_close(least[:, point], found.loss.double())
+
+
+def test_a_curve_ends_with_its_search():
+    seen = observed(built("mlp"), [private(1)])
+    search = signed(200, enough=10.0)  # the first look is good enough
+    found = engine.match(seen, private(1).targets[None], search, rngs(1), nothing)
+    known = found.curve[0, :, 1].isfinite().tolist()
+    assert known == sorted(known, reverse=True)
+    assert 0 < sum(known) < len(known)
+
+
 @pytest.mark.parametrize("level", [0.0, 1.0])
 def test_reconstructions_can_reach_black_and_white(level):
     """The box is the data range, whatever normalisation the model uses (mishap 3)."""
