@@ -530,8 +530,9 @@ class _Run:
             return
         originals = [truth for truth, _, _ in next(iter(self.shown.values()))]
         count, grey = len(originals), torch.full_like(originals[0], 0.5)
-        rows = []
+        rows, psnr = [], []
         for name, shown in self.shown.items():
+            psnr.append([row.psnr for row in self.rows if row.defense == name])
             missing = [(grey, grey, "not reached")] * (count - len(shown))
             truths, guesses, captions = zip(*(shown[:count] + missing), strict=True)
             alike = all(torch.equal(t, o) for (t, _, _), o in zip(shown, originals, strict=False))
@@ -539,7 +540,8 @@ class _Run:
                 rows.append((f"original, {name}", torch.stack(truths).numpy(), [""] * count))
             title = f"{name} (control)" if name == CONTROL else name
             rows.append((title, torch.stack(guesses).numpy(), list(captions)))
-        report.grid(self.plan.folder / records.GRID, torch.stack(originals).numpy(), rows)
+        path = self.plan.folder / records.GRID
+        report.grid(path, torch.stack(originals).numpy(), rows, psnr)
 
     def _formal(self, claim: Privacy, rows: list[records.Row]) -> dict[str, Any]:
         """What is proven about the whole run and about one update, and what was measured.

@@ -1,7 +1,10 @@
 """The report says what the rows say, with intervals, and nothing that they do not support."""
 
+import csv
 import functools
 import html.parser
+import importlib.util
+import io
 import itertools
 import json
 import re
@@ -18,8 +21,7 @@ from PIL import Image
 
 from fedsec import records, report, stats, threat
 from fedsec.records import Row
-from fedsec.report import numbers, page, words
-from fedsec.report.pictures import grid_cells
+from fedsec.report import numbers, pictures, plots, tables, words
 
 NULL = 13.9
 
@@ -200,7 +202,7 @@ def test_nothing_leaks_unless_the_interval_is_above_the_null(tmp_path):
     assert control.leaks is False
     text = _Text(_page(folder)).text
     assert not re.search(r"\b(recovers|leaks)\b", text.split("Originals")[0])
-    assert "none can be credited" in text
+    assert "no defense can be credited" in text
     assert re.search(r"the control is not above the null \(.*\): this says nothing", text)
     assert text.count("[control-does-not-leak]") == 1
 
@@ -304,9 +306,10 @@ def test_the_page_stands_alone_and_is_well_formed(tmp_path):
     assert "@media print" in source
     titles = re.findall(r"<h2>(.*?)</h2>", source)
     assert titles == [
-        "Originals and reconstructions", "What leaked", "What the defense costs",
-        "What the attack costs", "Who knew what", "Flags", "How each number is computed",
-        "Repeat it",
+        "Who knew what", "Originals and reconstructions", "Leakage against accuracy",
+        "What leaked", "Against the control, on the same images", "Image by image",
+        "What the defense costs", "What the attack costs", "Flags",
+        "How each number is computed", "Repeat it",
     ]  # fmt: skip
     assert "abc1234" in parsed.text
     assert "torch 2.15.0" in parsed.text
@@ -328,12 +331,19 @@ def test_values_are_escaped(tmp_path):
 def test_words_for_facts_are_those_of_the_threat_table(tmp_path):
     assert list(words.FACTS) == list(threat.FACTS)
     text = _Text(_page(_standard(tmp_path / "a"))).text
-    known, withheld = text.split("The adversary knows")[1].split("Withheld from it")
-    withheld = withheld.split("Flags")[0]
     for fact, meaning in words.FACTS.items():
         granted = fact in ("model", "update", "count", "shape")
-        assert (meaning in known) == granted
-        assert (meaning in withheld) == (not granted)
+        assert f"{fact} {meaning} {'granted' if granted else 'withheld'}" in text
+
+
+def test_threat_models_stand_side_by_side(tmp_path):
+    one = _standard(tmp_path / "a")
+    rows = [replace(r, threat="strongest") for r in records.read(one).rows]
+    two = _run(tmp_path / "b", rows, grants=["model", "labels"])
+    text = _Text(_page(one, two)).text
+    assert "fact honest_server strongest" in text
+    assert f"labels {words.FACTS['labels']} withheld granted" in text
+    assert f"count {words.FACTS['count']} granted withheld" in text
 
 
 def test_the_scatter_shows_every_setting_and_the_null(tmp_path):
@@ -357,7 +367,7 @@ def test_the_scatter_shows_every_setting_and_the_null(tmp_path):
 
 def test_labels_of_the_scatter_do_not_cover_each_other():
     points = [{"x": 50.0 + i, "y": 100.0, "label": f"prune {i}"} for i in range(6)]
-    page._place_labels(points, 700, [100.0])
+    plots.place_labels(points, 700, [100.0])
     heights = sorted(point["at"][1] for point in points)
     assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
 
@@ -365,7 +375,7 @@ def test_labels_of_the_scatter_do_not_cover_each_other():
 @pytest.mark.parametrize("low_high", [(0.0, 23.2), (9.9, 22.1), (-3.0, 0.01), (5.0, 5.0)])
 def test_ticks_are_few_and_hold_the_range(low_high):
     low, high = low_high
-    ticks = page._ticks(low, high, 6)
+    ticks = plots.even_ticks(low, high, 6)
     assert 2 <= len(ticks) <= 8
     assert ticks[0] <= low
     assert ticks[-1] >= high
@@ -378,7 +388,9 @@ def test_old_or_foreign_run_files_do_not_break_the_page(tmp_path):
     (folder / "run.json").write_text('{"status": "done"}')
     assert "not recorded" in _Text(_page(folder)).text
     Image.new("RGB", (20, 20)).save(folder / "grid.png")  # tells no places
-    assert "data:image/png" in _page(folder)
+    assert f"left out: {folder / 'grid.png'}: KeyError" in _Text(_page(folder)).text
+    (folder / "grid.png").write_bytes(b"\x89PNG broken")
+    assert f"left out: {folder / 'grid.png'}: " in _Text(_page(folder)).text
 
 
 def test_the_command_line_reports_many_runs_and_refuses_in_one_line(tmp_path, capsys):
@@ -430,8 +442,6 @@ def test_plain_text_on_a_pipe_has_no_colours_and_no_broken_intervals(tmp_path):
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path, width):
-    import io
-
     from rich.console import Console
 
     run = records.read(_standard(tmp_path / "a"))
@@ -447,57 +457,429 @@ def test_no_figure_is_cut_on_a_narrow_terminal(tmp_path, width):
         assert max(len(line) for line in tables) <= 80
 
 
+def _decoded(uri):
+    import base64
+
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+
+
 def test_grid_shows_each_image_enlarged_and_gives_it_back_exactly(tmp_path):
     rng = np.random.default_rng(0)
     truth, guess = rng.random((3, 3, 32, 32)), rng.random((3, 32, 32, 3))
     path = tmp_path / "grid.png"
     captions = ["21.4 dB", "20.0 dB", "19.9 dB"]
     report.grid(path, truth, [("none (control)", guess, captions)])
-    cells = grid_cells(path)
-    assert [row["title"] for row in cells["rows"]] == ["original", "none (control)"]
-    assert [caption for _, caption in cells["rows"][1]["cells"]] == captions
+    sheet = pictures.Sheet(path)
+    assert sheet.titles == ["original", "none (control)"]
+    assert sheet.layout["rows"][1]["captions"] == captions
     expected = (truth.transpose(0, 2, 3, 1), guess)
-    for row, images in zip(cells["rows"], expected, strict=True):
-        for (uri, _), image in zip(row["cells"], images, strict=True):
-            got = np.asarray(_decoded(uri))
-            assert (got == np.rint(image * 255)).all()
-    with Image.open(path) as sheet:
-        layout = json.loads(sheet.text["fedsec"])  # type: ignore[attr-defined]
+    for title, images in zip(sheet.titles, expected, strict=True):
+        for n, image in enumerate(images):
+            assert (_decoded(sheet.cut(title, n)) == np.rint(image * 255)).all()
+    with Image.open(path) as drawn:
+        layout = json.loads(drawn.text["fedsec"])  # type: ignore[attr-defined]
         assert layout["size"] == [96, 96]
         # under each reconstruction there is a caption to read: dark pixels on white
         x, y = layout["x"], layout["rows"][1]["y"] + 96
-        assert np.asarray(sheet.convert("L").crop((x, y, x + 96, y + 22))).min() < 100
+        assert np.asarray(drawn.convert("L").crop((x, y, x + 96, y + 22))).min() < 100
 
 
-def _decoded(uri):
-    import base64
-    import io
-
-    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
-
-
-@pytest.mark.parametrize("shape", [(20, 1, 28, 28), (2, 3, 128, 64), (1, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(20, 1, 28, 28), (2, 3, 128, 64), (1, 3, 8, 8), (1, 3, 300, 20)])
 def test_grid_takes_grey_large_and_many_images(tmp_path, shape):
     images = np.full(shape, 0.5)
     images[0] = np.nan  # a reconstruction that failed is grey, not black or an error
     report.grid(tmp_path / "g.png", images, [("dpsgd", images * 3 - 1, ["x"] * shape[0])])
-    cells = grid_cells(tmp_path / "g.png")
-    shown = cells["rows"][0]["cells"]
-    assert len(shown) == min(shape[0], 16)
-    assert ("first 16 of 20" in cells["note"]) == (shape[0] == 20)
-    assert set(np.asarray(_decoded(shown[0][0])).ravel()) == {128}
+    sheet = pictures.Sheet(tmp_path / "g.png")
+    assert sheet.shown == list(range(min(shape[0], 16)))
+    assert ("16 of 20" in sheet.layout["note"]) == (shape[0] == 20)
+    first = _decoded(sheet.cut("dpsgd", 0))
+    assert set(first.ravel()) == {128}
+    assert max(first.shape) <= pictures.WIDEST
 
 
-def test_images_of_a_sweep_share_their_originals(tmp_path):
+def test_a_grid_of_many_images_holds_the_extremes_of_each_defense(tmp_path):
+    images, rng = np.zeros((40, 3, 8, 8)), np.random.default_rng(0)
+    psnr = [rng.permutation(40).astype(float).tolist() for _ in range(2)]
+    psnr[0][30] = None  # not scored
+    report.grid(tmp_path / "g.png", images, [("a", images, ["x"] * 40)] * 2, psnr)
+    shown = pictures.Sheet(tmp_path / "g.png").shown
+    assert len(shown) == 16
+    for row in psnr:
+        known = {i: v for i, v in enumerate(row) if v is not None}
+        assert max(known, key=lambda i: known[i]) in shown
+        assert min(known, key=lambda i: known[i]) in shown
+        assert sorted(known, key=lambda i: -known[i])[len(known) // 2] in shown
+    assert {0, 1, 2} <= set(shown), "the rest are the first"
+
+
+def test_pictures_of_a_setting_are_its_best_median_worst_and_another(tmp_path):
+    rng, count = np.random.default_rng(0), 9
+    truth = rng.random((count, 3, 8, 8))
+    guesses = {name: rng.random((count, 3, 8, 8)) for name in ("none", "dpsgd")}
+    folder = _standard(tmp_path / "a", images=count, pictures=False)
+    titles = {"none": "none (control)", "dpsgd": "dpsgd"}
+    rows = [(titles[name], images, ["x"] * count) for name, images in guesses.items()]
+    report.grid(folder / "grid.png", truth, rows)
+    run = records.read(folder)
+    album = pictures.album(numbers.worlds(numbers.groups([run])))
+    assert (album.left_out, album.damaged) == (0, [])
+    control, defended = album.figures
+    assert defended.titles == ("original", "none (control)", "dpsgd")
+    assert control.titles == ("original", "none (control)")
+    own = {r.victim: r for r in run.rows if r.defense == "dpsgd"}
+    plain = {r.victim: r for r in run.rows if r.defense == "none"}
+    order = sorted(own, key=lambda v: -own[v].psnr)
+    expected = [order[0], order[4], order[-1]]
+    for victim, (name, cells) in zip(expected, defended.cells, strict=False):
+        assert name.endswith(f"image {own[victim].image}")
+        images = [truth, guesses["none"], guesses["dpsgd"]]
+        for image, (uri, _) in zip(images, cells, strict=True):
+            assert (_decoded(uri) == np.rint(image[victim].transpose(1, 2, 0) * 255)).all()
+        said = [caption for _, caption in cells]
+        assert said == ["", f"{plain[victim].psnr:.1f} dB", f"{own[victim].psnr:.1f} dB"]
+    names = [name.partition(":")[0] for name, _ in defended.cells]
+    assert names == ["best", "median", "worst", "random"]
+    assert len({name for name, _ in defended.cells}) == 4
+    text = _Text(_page(folder)).text
+    assert "the median and the lowest PSNR, and another one drawn at random (seed 0)" in text
+    assert "dpsgd, attacked by inverting, of 9 images" in text
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_picks_are_different_images(count):
+    values = [float(v) for v in np.random.default_rng(count).permutation(count)]
+    chosen = pictures.picks(values)
+    assert len(set(chosen)) == len(chosen) == min(4, count)
+    assert values[chosen[0]] == max(values)
+    assert min(values) in [values[i] for i in chosen]
+    assert len(pictures._names(len(chosen))) == len(chosen)
+
+
+def test_a_page_holds_as_many_pictures_as_it_has_room_for(tmp_path, monkeypatch):
     folders = [
         _run(tmp_path / str(i), _rows("none", 21.4) + _rows("dpsgd", 9.0 + i),
              config=f"defense: {{noise_multiplier: {i}.0}}\n")
         for i in range(3)
     ]  # fmt: skip
+    monkeypatch.setattr(pictures, "FIGURES", 2)
+    text = _Text(_page(*folders)).text
+    assert text.count("attacked by inverting, of 8 images") == 2
+    assert "2 more settings are in the tables only" in text
+    monkeypatch.setattr(pictures, "BYTES", 1)
+    assert _Text(_page(*folders)).text.count("attacked by inverting, of 8 images") == 1
+
+
+# ---- comparisons --------------------------------------------------------------------------------
+
+
+def _sweep(folder):
+    """Three defenses and two seeds, of which each cell repeats its seed's control."""
+    rng = np.random.default_rng(3)
+    folders = []
+    for seed in (0, 1):
+        control = [_row("none", i, 20 + float(rng.normal()), seed=seed) for i in range(8)]
+        for name, shift in (("a", 0.1), ("b", -1.5), ("c", -8.0)):
+            own = [_row(name, i, 20 + shift + float(rng.normal()), seed=seed) for i in range(8)]
+            folders.append(_run(folder / f"{name}{seed}", control + own, epsilon=None))
+    return folders
+
+
+def test_differences_to_the_control_are_those_of_plain_pairs_from_the_files(tmp_path, capsys):
+    """Page, console, CSV, Markdown and LaTeX against a dumb twin that reads records.jsonl."""
+    folders = _sweep(tmp_path)
+    assert report.main([str(tmp_path)]) == 0
+    said = {"console": capsys.readouterr().out}
+    said["page"] = _Text((tmp_path / "report.html").read_text()).text.replace("\u2212", "-")
+    said["markdown"] = (tmp_path / "report.md").read_text()
+    said["latex"] = (tmp_path / "report.tex").read_text().replace("$-$", "-")
+    lines = {line["setting"]: line for line in csv.DictReader((tmp_path / "report.csv").open())}
+    each = {}
+    for name in "abc":
+        pairs = []
+        for folder in folders:
+            rows = [json.loads(line) for line in (folder / "records.jsonl").open()]
+            control = {r["image"]: r["psnr"] for r in rows if r["defense"] == "none"}
+            pairs += [(r["image"], r["psnr"], control[r["image"]]) for r in rows
+                      if r["defense"] == name]  # fmt: skip
+        images, own, other = zip(*pairs, strict=True)
+        each[name] = (stats.paired_difference(own, other, images), stats.chance(own, other, images))
+        line = lines[name]
+        expected = [*each[name][0], each[name][1], 16]
+        keys = [f"against_control_db{end}" for end in ("", "_low", "_high")]
+        assert [float(line[key]) for key in (*keys, "p", "pairs")] == pytest.approx(expected)
+        mean, low, high = stats.bootstrap(own, images)
+        assert float(line["psnr_db"]) == pytest.approx(statistics.fmean(own))
+        found = [float(line[f"psnr_db{end}"]) for end in ("", "_low", "_high")]
+        assert found == pytest.approx([mean, low, high])
+        for where, text in said.items():
+            assert re.search(rf"{mean:.1f} *\[{low:.1f}, {high:.1f}\]", text), where
+            gap = each[name][0]
+            words_ = rf"{gap[0]:+.1f} *\[{gap[1]:+.1f}, {gap[2]:+.1f}\]"
+            assert re.search(words_.replace("+", r"\+"), text), where
+    ordered = sorted(p for _, p in each.values())
+    for name, (_, p) in each.items():
+        rank = ordered.index(p)
+        by_hand = max(min(1.0, (3 - i) * ordered[i]) for i in range(rank + 1))
+        assert float(lines[name]["p_holm"]) == pytest.approx(by_hand)
+        assert float(lines[name]["p_holm"]) > float(lines[name]["p"]) or rank == 2
+    assert lines["none (control)"]["p"] == ""
+    assert "leaks less" in said["page"]
+    assert "not shown" in said["page"]
+
+
+def test_more_comparisons_make_each_of_them_less_certain(tmp_path):
+    """What a report of one defense shows, one of many does not, if it is but chance."""
+    control = [_row("none", i, 20.0) for i in range(8)]
+    wiggle = [0.1, -0.1, -2, -2, -2, -2, -2, -2]
+    own = [_row("a", i, 20.0 + w) for i, w in enumerate(wiggle)]
+    alone = _run(tmp_path / "a", control + own)
+    (_, group) = numbers.groups([records.read(alone)])
+    assert group.chance is not None
+    assert group.chance < 0.05
+    assert words._changed(group) == "leaks less"
+    more = [
+        _run(tmp_path / f"b{i}", control + [replace(r, defense=f"b{i}") for r in control])
+        for i in range(3)
+    ]
+    found = numbers.groups([records.read(f) for f in (alone, *more)])
+    (group,) = (g for g in found if g["defense"] == "a")
+    assert group.chance == 4 * group.against.chance  # type: ignore[union-attr]
+    assert words._changed(group) == "not shown"
+
+
+def test_the_front_is_drawn_from_what_leaks(tmp_path):
+    """Further below the null is not more private: only the cheapest of those is on the front."""
+    levels = {"a": (18.0, 0.70), "b": (10.0, 0.60), "c": (5.0, 0.55), "d": (20.0, 0.58)}
+    folders = [
+        _run(tmp_path / name, _rows("none", 21.4) + _rows(name, level), accuracy=accuracy)
+        for name, (level, accuracy) in levels.items()
+    ]
+    (world,) = numbers.worlds(numbers.groups([records.read(f) for f in folders]))
+    best = plots.front(world)
+    on = {g["defense"] for g in world.groups if best[id(g)]}
+    points = {g["defense"]: (g.lost.mean, max(0.0, g.gain.mean)) for g in world.groups}
+
+    def beaten(name):
+        x, y = points[name]
+        return any(q != (x, y) and q[0] <= x and q[1] <= y for q in points.values())
+
+    assert on == {name for name in points if not beaten(name)} == {"none", "a", "b"}
+    svg = re.findall(r"<svg.*?</svg>", _page(*folders), flags=re.S)[0]
+    assert svg.count('class="front"') == 1
+
+
+def test_of_several_attacks_the_strongest_counts(tmp_path):
+    weak = [replace(r, attack="dlg", psnr=r.psnr - 2, backprops=100.0)
+            for r in _rows("none", 21.4) + _rows("dpsgd", 16.0)]  # fmt: skip
+    weak[8:] = [replace(r, psnr=r.psnr + 4) for r in weak[8:]]  # but against dpsgd it is better
+    folders = [
+        _run(tmp_path / "a", _rows("none", 21.4) + _rows("dpsgd", 16.0)),
+        _run(tmp_path / "b", weak),
+    ]
     found = numbers.groups([records.read(f) for f in folders])
-    (scenario,) = numbers.scenarios(found)
-    (pictures,) = page._grids(scenario)
-    assert [row["title"] for row in pictures["rows"]] == ["original", *scenario.labels]
+    (world,) = numbers.worlds(found)
+    assert [(g["defense"], g["attack"]) for g in world.groups] == [
+        ("none", "inverting"), ("dpsgd", "dlg")]  # fmt: skip
+    assert len(world.attacked) == 4
+    said = words.headline(found)
+    assert said.startswith("Without a defense, the strongest of 2 attacks recovers images at 21.")
+    assert "under dpsgd (epsilon 7.9) it reaches 18." in said
+    assert "still above the null" in said
+    assert said.count(". ") == 0, "one sentence"
+    series = dict(plots.spending(world))
+    assert [cost for cost, _ in series["none (control)"]] == [100.0, 2460.0]
+    assert [cost for cost, _ in series["dpsgd"]] == [100.0], "dearer, and less"
+    assert "Leakage against the attack's cost" in _page(*folders)
+
+
+def test_the_headline_is_one_sentence_that_claims_what_is_shown(tmp_path):
+    def said(*folders):
+        text = words.headline(numbers.groups([records.read(f) for f in folders]))
+        assert text.endswith(".")
+        assert not re.search(r"[.!?] [A-Z]", text)
+        return text
+
+    one = said(_standard(tmp_path / "a"))
+    assert "not above the null, and test accuracy falls from 71.2 % to 48.0 %." in one
+    dead = said(_standard(tmp_path / "b", control=10.0))
+    assert dead.endswith("not above the best null, so that no defense can be credited.")
+    few = said(_standard(tmp_path / "c", images=2))
+    assert "too few" in few
+    alone = said(_run(tmp_path / "d", _rows("none", 21.4)))
+    assert alone.endswith("above the best null.")
+    many = said(*_sweep(tmp_path / "e"))
+    assert "of 3 defended settings 2 still leak, and the only one not shown to, c, costs" in many
+    plain = said(_run(tmp_path / "f", _rows("dpsgd", 9.9)))
+    assert plain.startswith("Under dpsgd (epsilon 7.9) ")
+    assert words.headline([]) == "No image was attacked yet."
+
+
+# ---- curves -------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_median_of_its_updates_objectives(tmp_path):
+    curves = [
+        ((0, 9.0), (5, 4.0), (10, 1.0)),
+        ((0, 7.0), (5, 6.0)),
+        ((0, 5.0), (5, 5.0), (10, 3.0)),
+    ]
+    rows = [_row("none", i, 20.0, curve=curve) for i, curve in enumerate(curves)]
+    rows.append(_row("none", 3, 20.0))  # of the same update as the one before
+    folder = _run(tmp_path / "a", rows)
+    (group,) = numbers.groups([records.read(folder)])
+    ((name, points),) = plots.objectives(numbers.scenarios([group])[0])
+    assert name == "none (control)"
+    assert points == [(0, 7.0), (5, 5.0), (10, 3.0)]  # the second had ended with 6
+    assert "The attack's objective over its steps" in _page(folder)
+    assert "objective over its steps" not in _page(_standard(tmp_path / "b"))
+
+
+def test_names_at_the_ends_of_lines_do_not_cover_each_other():
+    lines = [{"y": y} for y in (390.0, 389.0, 50.0, 51.0, 200.0)]
+    plots.place_ends(lines, 14, 400)
+    heights = sorted(line["name_y"] for line in lines)
+    assert all(b - a >= 14 for a, b in itertools.pairwise(heights))
+    assert heights[-1] <= 400
+
+
+@pytest.mark.parametrize("low_high", [(0.004, 0.9), (120, 300), (1, 1e6), (3.0, 3.0), (1e-9, 1e9)])
+def test_logarithmic_ticks_are_few_and_hold_the_range(low_high):
+    low, high = low_high
+    ticks = plots.log_ticks(low, high, 6)
+    assert 2 <= len(ticks) <= 9
+    assert ticks[0] <= low * (1 + 1e-6)
+    assert ticks[-1] >= high * (1 - 1e-6)
+    assert ticks == sorted(set(ticks))
+
+
+# ---- the files beside the page ------------------------------------------------------------------
+
+EVIL = r"a_b & 50 % \of #1 {x} $y$ ~z^2 <i> | [c] *d*" + "\\"
+
+COMMANDS = {
+    *("usepackage", "begin", "end", "centering", "caption", "toprule", "midrule", "bottomrule"),
+    *("multicolumn", "emph", "textbackslash", "textasciitilde", "textasciicircum", "textless"),
+    *("textgreater", "textbar", "cdot", "delta", "times", "ldots", "mu", "sigma", "varepsilon"),
+    *("leq", "geq", "pm"),
+}
+
+
+def _compiles(text: str) -> None:
+    """What TeX would stop at: unknown commands, bare specials, braces, columns, other letters."""
+    lines = [line for line in text.splitlines() if not line.startswith("%")]
+    body = "\n".join(lines)
+    assert set(re.findall(r"\\([A-Za-z]+)", body)) <= COMMANDS
+    bare = re.sub(r"\\[A-Za-z]+|\\.", " ", body.replace("\\\\", " "))
+    assert not re.search(r"[%#^_~\\]", bare.replace("~", "")), "specials"
+    assert bare.count("$") % 2 == 0
+    depth = 0
+    for c in bare:
+        depth += (c == "{") - (c == "}")
+        assert depth >= 0
+    assert depth == 0
+    columns = 0
+    for line in lines:
+        begun = re.match(r"\\begin\{tabular\}\{(\w+)\}", line)
+        columns = len(begun[1]) if begun else columns
+        if line.endswith(r" \\"):
+            cells = len(re.findall(r"(?<!\\)&", line)) + 1
+            spans = sum(int(n) - 1 for n in re.findall(r"multicolumn\{(\d+)\}", line))
+            assert cells + spans == columns, line
+            assert line[0] not in "[*"
+    assert all(c.isascii() or "\u00c0" <= c <= "\u00ff" for c in body)
+
+
+def test_latex_compiles_whatever_things_are_called(tmp_path):
+    rows = [replace(r, defense=EVIL) if r.defense == "dpsgd" else r
+            for r in _rows("none", 21.4) + _rows("dpsgd", 9.9)]  # fmt: skip
+    other = [replace(r, attack="[évil] \u6f22\u5b57 \U0001f600\n") for r in rows]
+    folders = [_run(tmp_path / "a", rows), _run(tmp_path / "b", other)]
+    text = tables.as_latex(numbers.groups([records.read(f) for f in folders]))
+    _compiles(text)
+    assert r"a\_b \& 50 \% \textbackslash{}of \#1 \{x\} \$y\$" in text
+    assert "évil" in text
+    assert "(U+6F22)" in text
+    assert "(epsilon" not in text
+    for broken in (text.replace(r"\_", "_"), text.replace(r"\&", "&"), text.replace("\\{x", "{x"),
+                   text + r"\unknown"):  # fmt: skip
+        with pytest.raises(AssertionError):
+            _compiles(broken)
+
+
+def test_latex_by_hand():
+    assert tables.latex("-1.4 [-2.6, +0.4]") == "$-$1.4 [$-$2.6, +0.4]"
+    assert tables.latex("[1, 2]") == "{[}1, 2]"
+    assert tables.latex("best-of 1e-5 \u03b4 \u2014") == r"best-of 1e-5 $\delta$ ---"
+    assert tables.latex("") == ""
+
+
+def test_csv_and_markdown_take_what_things_are_called(tmp_path):
+    name = 'a|b, "c"\nd <e>'
+    rows = [replace(r, defense=name) if r.defense == "dpsgd" else r
+            for r in _rows("none", 21.4) + _rows("dpsgd", 9.9)]  # fmt: skip
+    found = numbers.groups([records.read(_run(tmp_path / "a", rows))])
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(found))))
+    assert [line["defense"] for line in lines] == ["none", name]
+    assert [line["leaks"] for line in lines] == ["True", "False"]
+    tabled = [line for line in tables.as_markdown(found).splitlines() if line.startswith("|")]
+    for line in tabled:
+        assert len(re.findall(r"(?<!\\)\|", line)) in (6, 7, 8, 5), line
+    assert any(line.startswith(r'| a\|b, "c" d &lt;e&gt; |') for line in tabled)
+
+
+# ---- many runs ----------------------------------------------------------------------------------
+
+
+def _benchmark():
+    source = Path(__file__).parents[1] / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_report", source)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_damaged_runs_among_many_are_named_and_left_out(tmp_path, capsys):
+    made_up = _benchmark().made_up(tmp_path, images=4, seeds=2, attacks=1, strengths=1)
+    assert made_up == 80
+    folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
+    broken = {
+        0: ("records.jsonl", lambda old: old[:500] + b"\xff\x00" + old[502:]),
+        1: ("records.jsonl", lambda old: re.sub(rb'"psnr": [^,]*', b'"psnr": "x"', old)),
+        2: ("run.json", lambda old: old[: len(old) // 2]),
+        3: ("config.yaml", lambda old: b"{ [" + old),
+        4: ("records.jsonl", lambda old: old.replace(b'"image"', b'"imagf"', 1)),
+    }
+    for n, (name, damage) in broken.items():
+        path = folders[n] / name
+        path.write_bytes(damage(path.read_bytes()))
+    half = folders[5] / "records.jsonl"
+    half.write_bytes(half.read_bytes()[:-100])  # killed in mid-write
+    (folders[5] / "run.json").unlink()
+    (folders[6] / "grid.png").write_bytes((folders[6] / "grid.png").read_bytes()[:3000])
+    assert report.main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    text = _Text((tmp_path / "report.html").read_text()).text
+    for n, (name, _) in broken.items():
+        assert f"left out: {folders[n] / name}" in err
+        assert f"left out: {folders[n] / name}" in text
+    assert err.count("left out:") == len(broken)
+    assert f"{folders[5]}: the last row was cut off in mid-write" in " ".join(out.split())
+    assert f"{folders[6] / 'grid.png'}" in text
+    assert "4 of 4 images" not in text
+
+
+@pytest.mark.slow
+def test_twenty_thousand_rows_take_less_than_twenty_seconds_and_fifteen_megabytes(tmp_path):
+    module = _benchmark()
+    assert module.made_up(tmp_path, images=16, seeds=5) == 20_000
+    seconds, _, page_size = module.measured(tmp_path)
+    assert seconds < 20
+    assert page_size < 15
+    files = [tmp_path / f"report{suffix}" for suffix in tables.SUFFIXES]
+    assert all(file.stat().st_size < 2**20 for file in files)
+    assert len(list(csv.DictReader(files[0].open()))) == 130
 
 
 @functools.cache

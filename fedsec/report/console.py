@@ -10,48 +10,54 @@ from pathlib import Path
 from fedsec import records
 from fedsec.checks import Refused, require
 from fedsec.records import Run
-from fedsec.report.numbers import Scenario, by_stage, config, groups, scenarios
+from fedsec.report import tables
+from fedsec.report.numbers import Group, Scenario, by_stage, config, groups, scenarios
 from fedsec.report.page import write
 from fedsec.report.words import (
-    COST,
-    IMAGES,
     KINDS,
-    LEAKAGE,
     PROVEN,
     STAGES,
     UPPER,
-    UTILITY,
     Column,
     answers,
     common,
     directions,
+    headline,
     private,
+    sheets,
     warnings,
 )
 
 
-def show(runs: Sequence[Run], console) -> None:
-    """Print the answer, the tables and the flags on a rich console."""
+def show(
+    runs: Sequence[Run],
+    console,
+    found: Sequence[Group] | None = None,
+    left_out: Sequence[object] = (),
+) -> None:
+    """Print the answer, the tables and the flags on a rich console.
+
+    `found`: the runs' `groups`, where they are known; `left_out`: why others could not be read.
+    """
     from rich.text import Text
 
-    found = groups(runs)
+    found = groups(runs) if found is None else found
     wide = min(console.width, 100)
     console.print(Text(_wrapped(common(found), wide)))
-    for heading, text in answers(found):
+    said = answers(found)
+    if len(said) > 1:
+        console.print(Text(_wrapped(f"\n{headline(found)}", wide), "bold"))
+    for heading, text in said:
         console.print(Text(f"\n{heading}".rstrip(), "bold"))
         console.print(Text(_wrapped(text, wide)))
-    for title, columns in (
-        ("leakage", LEAKAGE),
-        ("image by image", IMAGES),
-        ("what the defense costs", UTILITY),
-        ("what the attack costs", COST),
-    ):
-        console.print(Text(f"\n{title}, mean [95 % interval]", "bold"))
-        console.print(Text(_wrapped(directions(columns), wide, "  "), "dim"))
-        for scenario in scenarios(found):
+    for sheet, shown in sheets(found):
+        console.print(Text(f"\n{sheet.title}, mean [95 % interval]", "bold"))
+        said_of = " ".join(filter(None, [f"{directions(sheet.columns)}.", sheet.note]))
+        console.print(Text(_wrapped(said_of, wide, "  "), "dim"))
+        for scenario in shown:
             if scenario.heading:
                 console.print(Text(f"\n{scenario.heading}"))
-            table = _table(columns, scenario, narrow=console.width < 120)
+            table = _table(sheet.columns, scenario, narrow=console.width < 120)
             console.print(Text(table), soft_wrap=True)
     claimed = private(found)
     if claimed:
@@ -71,7 +77,7 @@ def show(runs: Sequence[Run], console) -> None:
         if scenario.heading:
             console.print(Text(f"\n{scenario.heading}"))
         console.print(Text(_table(STAGES, scenario, narrow=console.width < 120)), soft_wrap=True)
-    flags = warnings(runs, found)
+    flags = warnings(runs, found, left_out)
     if flags:
         console.print()
     for flag in flags:
@@ -130,27 +136,30 @@ def main(words: Sequence[str] | None = None) -> int:
 def _report(folders: Sequence[str], out: str | None) -> int:
     from rich.console import Console
 
-    runs, broken = [], []
-    for folder in records.find(folders):
+    read, broken = records.read_all(folders)
+    runs = []
+    for run in read:
         try:
-            run = records.read(folder)
-            config(folder)
+            config(run.folder)
             runs.append(run)
         except Refused as refused:
             broken.append(refused)
-    for refused in broken if runs else ():
-        print(f"left out: {refused}", file=sys.stderr)
     if not runs:
         raise broken[0]
+    for refused in broken:
+        print(f"left out: {refused}", file=sys.stderr)
     empty = not any(run.rows for run in runs)
     require(not empty, "folder", "must hold at least one finished image", " ".join(folders))
     console = Console() if sys.stdout.isatty() else Console(width=400, no_color=True)
-    show(runs, console)
+    found = groups(runs)
+    show(runs, console, found, broken)
     path = Path(out) if out else Path(folders[0]) / records.REPORT
     try:
-        write(runs, path)
-    except records.NotSaved as error:
-        why = getattr(error.__cause__, "strerror", None) or error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = tables.write(found, path)
+        write(runs, path, found, broken)
+    except (records.NotSaved, OSError) as error:
+        why = getattr(error.__cause__ or error, "strerror", None) or error
         raise Refused("out", f"must be writable ({why})", path) from None
-    print(f"\nwrote {path}")
+    print(f"\nwrote {path}   {'  '.join(file.name for file in beside)}")
     return 0

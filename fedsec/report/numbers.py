@@ -77,6 +77,10 @@ class Group:
     def named(self) -> dict[str, str]:
         return dict(self.setting)
 
+    def holds(self, row: Row) -> bool:
+        """Whether a row of one of its runs is of this setting."""
+        return all(str(getattr(row, key)) == value for key, value in self.setting)
+
     @property
     def control(self) -> bool:
         return self["defense"] == CONTROL
@@ -137,6 +141,19 @@ class Group:
                 by_image.setdefault(row.image, []).append(row.label_ok)
         right = sum(sum(held) / len(held) for held in by_image.values())
         return Estimate(*stats.wilson(right, len(by_image)), len(by_image), self.images)
+
+    @cached_property
+    def worst(self) -> Row | None:
+        """The row of the image that leaked most."""
+        scored = [row for row in self.rows if row.psnr is not None]
+        return max(scored, key=lambda row: row.psnr or 0.0, default=None)
+
+    @cached_property
+    def median(self) -> float | None:
+        from statistics import median
+
+        scored = [row.psnr for row in self.rows if row.psnr is not None]
+        return median(scored) if scored else None
 
     @cached_property
     def leaks(self) -> bool | None:
@@ -248,19 +265,27 @@ def scenarios(found: Sequence[Group]) -> list[Scenario]:
     return _split(found, "defense")
 
 
-def strongest(found: Sequence[Group]) -> list[Scenario]:
-    """Of each defended setting the attack that reconstructs best on the mean, control first.
+@dataclass(frozen=True)
+class World(Scenario):
+    """Settings that differ in what client or attacker choose: their defense, and the attack.
 
-    What is split is what a client cannot choose: data, model, age, threat model.
+    Its groups are those of the attack that reconstructs best on the mean, for each defended
+    setting; what is split is data, model, age, client and threat model.
     """
-    best = []
+
+    attacked: tuple[Group, ...] = ()  # by every attack
+
+
+def worlds(found: Sequence[Group]) -> list[World]:
+    split = []
     for scenario in _split(found, "defense", "attack"):
         same: dict[tuple, list[Group]] = defaultdict(list)
         for group in scenario.groups:
             same[group.without("attack")].append(group)
-        groups = tuple(max(each, key=lambda g: g.psnr.mean or 0.0) for each in same.values())
-        best.append(Scenario(scenario.heading, groups))
-    return best
+        best = tuple(max(each, key=lambda g: g.psnr.mean or 0.0) for each in same.values())
+        first = sorted(best, key=lambda group: not group.control)
+        split.append(World(scenario.heading, tuple(first), (), scenario.groups))
+    return split
 
 
 def _split(found: Sequence[Group], *parts: str) -> list[Scenario]:

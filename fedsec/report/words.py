@@ -7,10 +7,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import filterfalse
+from typing import TYPE_CHECKING
 
 from fedsec import flags
 from fedsec.records import Run
-from fedsec.report.numbers import FEWEST, Estimate, Group, Scenario, inner, scenarios
+from fedsec.report.numbers import (
+    FEWEST,
+    Estimate,
+    Group,
+    Scenario,
+    World,
+    inner,
+    scenarios,
+    worlds,
+)
+
+if TYPE_CHECKING:
+    from fedsec.compare import Gap
 
 ENOUGH = 30  # images from which on an interval is worth citing
 ABSENT = "—"  # how a missing value reads; a flag gives its reason
@@ -72,18 +85,8 @@ def _decibel(found: Estimate) -> str:
 
 
 def _worst(group: Group) -> Cell:
-    scored = [row for row in group.rows if row.psnr is not None]
-    if not scored:
-        return ABSENT, ""
-    worst = max(scored, key=lambda row: row.psnr or 0)
-    return _number(worst.psnr, 1), f"image {worst.image}"
-
-
-def _median(group: Group) -> Cell:
-    from statistics import median
-
-    scored = [row.psnr for row in group.rows if row.psnr is not None]
-    return (_number(median(scored), 1) if scored else ABSENT), ""
+    worst = group.worst
+    return (ABSENT, "") if worst is None else (_number(worst.psnr, 1), f"image {worst.image}")
 
 
 def _verdict(group: Group) -> Cell:
@@ -103,6 +106,32 @@ def _loss(group: Group) -> Cell:
     return (ABSENT, "") if group.control else _cell(group.lost, 1, 100.0)
 
 
+def _gap(group: Group, cell: Callable[[Gap], Cell]) -> Cell:
+    return (ABSENT, "") if group.against is None else cell(group.against)
+
+
+def _difference(gap: Gap) -> Cell:
+    mean, low, high = gap.interval
+    return (ABSENT, "") if mean is None else (
+        f"{mean:+.1f}", "" if low is None else f"[{low:+.1f}, {high:+.1f}]")  # fmt: skip
+
+
+def _chance(value: float | None) -> str:
+    from fedsec.compare import p
+
+    return p(value) or ABSENT
+
+
+def _changed(group: Group) -> str:
+    """What the corrected p and the direction say of a defense."""
+    gap, chance = group.against, group.chance
+    if gap is None or gap.interval[0] is None or chance is None:
+        return ABSENT
+    if chance >= 0.05:
+        return "not shown"
+    return "leaks less" if gap.interval[0] < 0 else "leaks more"
+
+
 def _mean(field: str, digits: int) -> Callable[[Group], Cell]:
     return lambda group: _cell(group.estimate(field), digits)
 
@@ -115,12 +144,19 @@ LEAKAGE = (
     Column("verdict", "", "", _verdict),
 )
 IMAGES = (
-    Column("median", "dB", "higher = more leaked", _median),
+    Column("median", "dB", "higher = more leaked", lambda g: (_number(g.median, 1), "")),
     Column("worst", "dB", "higher = more leaked", _worst),
     Column("success", "%", "higher = more leaked", lambda g: _cell(g.success, 0, 100.0)),
     Column("SSIM", "", "higher = more leaked", _mean("ssim", 2)),
     Column("LPIPS", "", "lower = more leaked", _mean("lpips", 2)),
     Column("labels", "% right", "higher = more leaked", lambda g: _cell(g.labels, 0, 100.0)),
+)
+PAIRED = (
+    Column("images", "in both", "", lambda g: _gap(g, lambda gap: (str(gap.pairs), ""))),
+    Column("difference", "dB", "lower = defense helps", lambda g: _gap(g, _difference)),
+    Column("p", "", "", lambda g: _gap(g, lambda gap: (_chance(gap.chance), ""))),
+    Column("p (Holm)", "", "", lambda g: _gap(g, lambda _: (_chance(g.chance), ""))),
+    Column("verdict", "", "", lambda g: (_changed(g), "")),
 )
 UTILITY = (
     Column("accuracy", "%", "higher = better", lambda g: _cell(g.accuracy, 1, 100.0)),
@@ -134,6 +170,60 @@ COST = (
     Column("peak memory", "MB", "lower = cheaper attack", _mean("peak_mb", 0)),
     Column("steps", "", "", _mean("steps", 0)),
 )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of the report, the same on the console, on the page and in the files beside it."""
+
+    title: str
+    columns: tuple[Column, ...]
+    shown: Callable[[Sequence[Group]], Sequence[Scenario]]  # its lines
+    note: str = ""
+
+
+def strongest(found: Sequence[Group]) -> Sequence[Scenario]:
+    """Of each defended setting the attack that reconstructs best; nothing of a single attack."""
+    return worlds(found) if len({group["attack"] for group in found}) > 1 else []
+
+
+def compared(found: Sequence[Group]) -> Sequence[Scenario]:
+    """All that has a control to be compared with."""
+    kept = []
+    for scenario in scenarios(found):
+        pairs = zip(scenario.labels, scenario.groups, strict=True)
+        some = [(name, group) for name, group in pairs if group.against is not None]
+        if some:
+            names, members = zip(*some, strict=True)
+            kept.append(Scenario(scenario.heading, members, names))
+    return kept
+
+
+SHEETS = (
+    Sheet(
+        "the strongest attack on each setting",
+        (Column("attack", "", "", lambda g: (g["attack"], "")), *LEAKAGE),
+        strongest,
+        "By mean PSNR; the intervals are that attack's own.",
+    ),
+    Sheet("what leaked", LEAKAGE, scenarios),
+    Sheet(
+        "against the control, on the same images",
+        PAIRED,
+        compared,
+        "PSNR minus the control's, image by image. p: how often as large a mean comes out if each "
+        "image's difference might have the other sign. p (Holm): corrected for how many there are "
+        "in this report; a difference is shown where that is below 0.05.",
+    ),
+    Sheet("image by image", IMAGES, scenarios),
+    Sheet("what the defense costs", UTILITY, worlds),
+    Sheet("what the attack costs", COST, scenarios),
+)
+
+
+def sheets(found: Sequence[Group]) -> list[tuple[Sheet, Sequence[Scenario]]]:
+    """The report's tables, each with its lines; none is empty."""
+    return [(sheet, shown) for sheet in SHEETS if (shown := sheet.shown(found))]
 
 
 UPPER = (
@@ -161,7 +251,7 @@ def private(found: Sequence[Group]) -> list[tuple[str, list[Fact]]]:
     Of the run with the weakest guarantee, and of one attacked update, in which the image is known
     to be.
     """
-    settings = [(s.heading, s.label(g), g) for s in scenarios(found) for g in s.groups]
+    settings = [(s.heading, s.label(g), g) for s in worlds(found) for g in s.groups]
     return [(": ".join(filter(None, h)), facts) for *h, g in settings if (facts := _proven(g))]
 
 
@@ -196,6 +286,71 @@ def _line(line: dict) -> str:
     if line["kind"] == "approximation":
         return f"about {said}" if line["value"] < ROUGH else ABSENT
     return said
+
+
+def headline(found: Sequence[Group]) -> str:
+    """The answer in one sentence: what leaks without a defense, and what the defenses change."""
+    whole = [group for group in found if group.status == "done"]
+    split = worlds(whole or found)
+    if not split:
+        return "No image was attacked yet."
+    controls = [g for w in split for g in w.groups if g.control and g.gain.mean is not None]
+    defended = [(w, g) for w in split for g in w.groups if not g.control]
+    attacks = len({group["attack"] for group in found})
+    by = f"the strongest of {attacks} attacks" if attacks > 1 else found[0]["attack"]
+    start = "" if whole else "Not whole yet: "
+    control = max(controls, key=lambda g: g.gain.mean or 0.0, default=None)
+    plain = _plainly(control, by)
+    if not defended:
+        return f"{start}{plain}." if plain else f"{start}no reconstruction could be scored."
+    if control is not None and control.leaks is False:
+        return f"{start}{plain}, so that no defense can be credited."
+    lead = f"{start}{plain}; " if plain else start
+    said = lead + (_single(*defended[0]) if len(defended) == 1 else _several(defended)) + "."
+    return said[0].upper() + said[1:]
+
+
+def _plainly(control: Group | None, by: str) -> str:
+    if control is None:
+        return ""
+    reached = f"Without a defense, {by} "
+    if control.leaks:
+        above = f"{_decibel(control.gain)} above the best null"
+        return f"{reached}recovers images at {_decibel(control.psnr)}, {above}"
+    if control.leaks is None:
+        few = "1 image is" if control.images == 1 else f"{control.images} images are"
+        unsure = f"and {few} too few to say whether that is above the best null"
+        return f"{reached}reaches {_decibel(control.psnr)}, {unsure}"
+    return f"{reached}reaches {_decibel(control.psnr)}, not above the best null"
+
+
+def _single(world: World, group: Group) -> str:
+    reached = f"under {_defense(group, world)} it reaches {_decibel(group.psnr)}"
+    verdicts = {
+        True: "still above the null",
+        False: "not above the null",
+        None: "too few images to say whether above the null",
+    }
+    price = _price(group, "").rstrip(".").replace("Test", "and test", 1)
+    return ", ".join(filter(None, [reached, verdicts[group.leaks], price]))
+
+
+def _several(defended: Sequence[tuple[World, Group]]) -> str:
+    leaking = sum(g.leaks is True for _, g in defended)
+    held = [(w, g) for w, g in defended if g.leaks is False]
+    unknown = len(defended) - leaking - len(held)
+    leak = {0: "none is shown to leak", 1: "1 still leaks"}.get(leaking, f"{leaking} still leak")
+    said = [f"of {len(defended)} defended settings {leak}"]
+    said += [f"{unknown} met too few images to say"] if unknown else []
+    priced = [(w, g) for w, g in held if g.lost.mean is not None]
+    if priced:
+        world, best = min(priced, key=lambda each: each[1].lost.mean or 0.0)
+        points = _number(best.lost.mean, 1, 100.0)
+        where = f" ({world.heading})" if world.heading else ""
+        which = f"the cheapest of the {len(held)}" if len(held) > 1 else "the only one"
+        said += [f"{which} not shown to, {_defense(best, world)}{where}, costs {points} points of "
+                 "test accuracy"]  # fmt: skip
+    return ", and ".join(said)
 
 
 def answers(found: Sequence[Group]) -> list[tuple[str, str]]:
@@ -292,9 +447,14 @@ def common(found: Sequence[Group]) -> str:
     return " · ".join(shared)
 
 
-def warnings(runs: Sequence[Run], found: Sequence[Group]) -> list[str]:
-    """What a reader must know before citing a number, in plain words."""
-    said = []
+def warnings(
+    runs: Sequence[Run], found: Sequence[Group], left_out: Sequence[object] = ()
+) -> list[str]:
+    """What a reader must know before citing a number, in plain words.
+
+    `left_out`: what could not be read.
+    """
+    said = [f"left out: {why}" for why in left_out]
     least = fewest(found)
     if least < ENOUGH:
         word = "image" if least == 1 else "images"
