@@ -98,7 +98,7 @@ def _row(attack: str, defense: str, seed: int, i: int, dice: random.Random, stre
 
 
 def _run(said: dict, dice: random.Random) -> dict:
-    lost = 0.02 * said["strength"] + 0.005 * dice.random()
+    lost = 0.1 * said["strength"] / (said["strength"] + 1) + 0.005 * dice.random()
     words = (f"{key}={said[key]}" for key in ("attack", "defense", "seed", "out"))
     return records.filled({
         "status": "done",

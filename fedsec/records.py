@@ -360,6 +360,7 @@ def read(folder: str | Path) -> Run:
     run = None
     if (folder / RUN).exists():
         run = _json((folder / RUN).read_bytes(), folder / RUN)
+        _check_run(run, folder / RUN)
     text = (folder / ROWS).read_bytes() if (folder / ROWS).exists() else b""
     *lines, rest = text.split(b"\n")
     rows = [
@@ -478,6 +479,26 @@ def _parsed(line: bytes, where: str) -> Row:
     for name in ("flags", "stages", "curve"):
         known[name] = tuple(_listed(known.get(name)))
     return Row(**known)
+
+
+def _check_run(run: Mapping[str, Any], where: Path) -> None:
+    """Refuse a run.json that holds something else than it says; older ones may lack fields."""
+    for key, inner in CONTRACT.items():
+        group = run.get(key)
+        if inner and group is not None:
+            require(isinstance(group, dict), str(where), f"must have an object as {key}", group)
+            for name in set(inner) - {"device", "accountant"}:
+                value = group.get(name)
+                number = value is None or type(value) in (int, float)
+                require(number, str(where), f"must have a number as {key}.{name}", value)
+                share = key != "utility" or value is None or -1 <= value <= 1
+                require(share, str(where), f"must have a share as {key}.{name}", value)
+    for name in ("accuracy", "control_accuracy"):
+        value = (run.get("utility") or {}).get(name) or 0.0
+        require(value >= 0, str(where), f"must have a share as utility.{name}", value)
+    for key in ("grants", "flags"):
+        listed = run.get(key) is None or isinstance(run[key], list)
+        require(listed, str(where), f"must have a list as {key}", run.get(key))
 
 
 def _json(text: bytes, where: str | Path) -> dict:

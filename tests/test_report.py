@@ -850,6 +850,8 @@ def test_damaged_runs_among_many_are_named_and_left_out(tmp_path, capsys):
         2: ("run.json", lambda old: old[: len(old) // 2]),
         3: ("config.yaml", lambda old: b"{ [" + old),
         4: ("records.jsonl", lambda old: old.replace(b'"image"', b'"imagf"', 1)),
+        7: ("run.json", lambda old: old.replace(b'"accuracy": 0.', b'"accuracy": 7.', 1)),
+        8: ("run.json", lambda old: old.replace(b'"grants": [', b'"grants": 3, "x": [', 1)),
     }
     for n, (name, damage) in broken.items():
         path = folders[n] / name

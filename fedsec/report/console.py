@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from fedsec import records
@@ -86,23 +86,20 @@ def show(
 
 def _table(columns: Sequence[Column], scenario: Scenario, narrow: bool) -> str:
     """One line for each defense, never cut; on a narrow console intervals stand below means."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    between = "\n" if narrow else " "
-    table = Table(box=None, pad_edge=False, padding=(0, 1 if narrow else 2, 0, 0), header_style="")
-    table.add_column("")
-    for column in columns:
-        name = column.name.replace(" ", between) if len(column.name) > 10 else column.name
-        table.add_column(Text(f"{name}{between}{column.unit}".strip()), justify="right")
+    between, gap = ("\n", " ") if narrow else (" ", "  ")
+    heads = [c.name.replace(" ", between) if len(c.name) > 10 else c.name for c in columns]
+    rows = [["", *(f"{h}{between}{c.unit}".strip() for h, c in zip(heads, columns, strict=True))]]
     for name, group in zip(scenario.labels, scenario.groups, strict=True):
-        cells = [between.join(filter(None, column.cell(group))) for column in columns]
-        table.add_row(*map(Text, (f"  {name}", *cells)))
-    sheet = Console(file=io.StringIO(), width=1000, no_color=True)
-    with sheet.capture() as capture:
-        sheet.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip().split("\n"))
+        cells = (between.join(filter(None, column.cell(group))) for column in columns)
+        rows.append([f"  {name}", *cells])
+    split = [[cell.split("\n") for cell in row] for row in rows]
+    widths = [max(len(line) for row in split for line in row[i]) for i in range(len(rows[0]))]
+    lines = []
+    for row in split:
+        for parts in zip_longest(*row, fillvalue=""):
+            first, *rest = (part.rjust(w) for part, w in zip(parts, widths, strict=True))
+            lines.append(gap.join([parts[0].ljust(len(first)), *rest]).rstrip())
+    return "\n".join(lines)
 
 
 def _wrapped(text: str, width: int, first: str = "", then: str | None = None) -> str:

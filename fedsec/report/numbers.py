@@ -59,7 +59,7 @@ class Family:
         return dict(zip(map(id, self.groups), corrected, strict=True))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one is itself: to compare thousands of rows helps nobody
 class Group:
     """The rows of one setting, which may be averaged, and the runs that they came from."""
 
@@ -262,7 +262,7 @@ class Scenario:
 
 def scenarios(found: Sequence[Group]) -> list[Scenario]:
     """`found` split into what can be compared with each other."""
-    return _split(found, "defense")
+    return list(_split(tuple(found), "defense"))
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,11 @@ class World(Scenario):
 
 
 def worlds(found: Sequence[Group]) -> list[World]:
+    return list(_worlds(tuple(found)))
+
+
+@lru_cache(maxsize=4)
+def _worlds(found: tuple[Group, ...]) -> tuple[World, ...]:
     split = []
     for scenario in _split(found, "defense", "attack"):
         same: dict[tuple, list[Group]] = defaultdict(list)
@@ -285,10 +290,11 @@ def worlds(found: Sequence[Group]) -> list[World]:
         best = tuple(max(each, key=lambda g: g.psnr.mean or 0.0) for each in same.values())
         first = sorted(best, key=lambda group: not group.control)
         split.append(World(scenario.heading, tuple(first), (), scenario.groups))
-    return split
+    return tuple(split)
 
 
-def _split(found: Sequence[Group], *parts: str) -> list[Scenario]:
+@lru_cache(maxsize=8)  # console, page and files ask for the same
+def _split(found: tuple[Group, ...], *parts: str) -> tuple[Scenario, ...]:
     """By everything but these parts of the setting; the heading is what tells each apart."""
     members: dict[tuple, list[Group]] = defaultdict(list)
     for group in found:
@@ -304,7 +310,7 @@ def _split(found: Sequence[Group], *parts: str) -> list[Scenario]:
         ]
         words += more + ([each[0].status] if each[0].status != "done" else [])
         split.append(Scenario(" · ".join(words), tuple(each)))
-    return split
+    return tuple(split)
 
 
 def by_stage(found: Sequence[Scenario]) -> list[Scenario]:

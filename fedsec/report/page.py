@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedsec import price, records
+from fedsec import records
 from fedsec.records import Run
 from fedsec.report import plots
 from fedsec.report.numbers import Group, World, by_stage, groups, inner, scenarios, worlds
@@ -79,6 +79,8 @@ def _typeset(text: str) -> str:
 def _page(
     runs: Sequence[Run], found: Sequence[Group], left_out: Sequence[object]
 ) -> dict[str, Any]:
+    from fedsec import price
+
     split, apart = scenarios(found), worlds(found)
     pictures = album(apart)
     flags = warnings(runs, found, [*left_out, *pictures.damaged])
