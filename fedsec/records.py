@@ -247,6 +247,7 @@ def open_folder(path: str | Path, config: str = "") -> Records:
 def unfinished(path: Path) -> bool:
     """Whether `path` holds a run, and nothing else, that ended before it was done."""
     own = {ROWS, RUN, CONFIG, GRID, REPORT, TRACE, STATE}
+    own |= {Path(REPORT).stem + suffix for suffix in (".csv", ".md", ".tex")}
     try:
         inside = {p.name for p in path.iterdir()}
         files = {name.removeprefix(".") for name in inside}  # a dot: half of one, see `saving`

@@ -615,6 +615,16 @@ def test_a_folder_with_anything_else_is_no_unfinished_run(go, tmp_path, monkeypa
     assert records.read(tmp_path / "a/out").status == "interrupted"
 
 
+def test_a_report_in_the_folder_keeps_no_run_from_going_on(go, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        dies(patch, 5, KeyboardInterrupt)
+        go("a")
+    subprocess.run([sys.executable, "-m", "fedsec.report", tmp_path / "a/out"], check=True)
+    assert (tmp_path / "a/out/report.csv").exists()
+    assert go("a")[0] == 0
+    assert records.read(tmp_path / "a/out").status == "done"
+
+
 def test_rows_written_again_alike_stay_and_others_replace_what_follows(tmp_path):
     rows = [replace(ROW, victim=v) for v in range(4)]
     with_all = records.open_folder(tmp_path / "a")
