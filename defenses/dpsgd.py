@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,8 +50,10 @@ class DPSGD(Defense):
     """
 
     clip: float  # > 0, L2 norm of one example's gradient
-    noise_multiplier: float  # >= 0, deviation of the noise in units of clip
+    # >= 0, deviation of the noise in units of clip; null: 1.0, or what `epsilon` takes
+    noise_multiplier: float | None
     delta: float  # in (0, 1), below 1 / examples of a client
+    epsilon: float | None = None  # > 0, of the whole run, for which to find the noise; null: none
     augmentations: int = 0  # views of each example in its gradient, >= 0; 0: the image as it is
 
     poisson = True
@@ -57,12 +61,7 @@ class DPSGD(Defense):
 
     def __post_init__(self):
         require(0 < self.clip < math.inf, "clip", "must be above 0 and finite", self.clip)
-        require(
-            0 <= self.noise_multiplier < math.inf,
-            "noise_multiplier",
-            "must be at least 0 and finite",
-            self.noise_multiplier,
-        )
+        noise_or_epsilon(self)
         require(0 < self.delta < 1, "delta", "must be in (0, 1)", self.delta)
         at_least(self, 0, "augmentations")
 
@@ -70,7 +69,7 @@ class DPSGD(Defense):
         self, model: nn.Module, batch: Batch, rng: torch.Generator, expected: int
     ) -> Tensors:
         """The noisy sum of clipped gradients over `expected`; an empty batch gives only noise."""
-        deviation = self.noise_multiplier * self.clip
+        deviation = self.sigma * self.clip
         views = None
         if self.augmentations:
             draws = stream(rng.initial_seed(), "augmentations")
@@ -80,9 +79,24 @@ class DPSGD(Defense):
             for name, total in clipped_sum(model, batch, self.clip, views).items()
         }
 
+    @property
+    def sigma(self) -> float:
+        """The noise multiplier, which `epsilon` must not still leave open: see `fitted`."""
+        return known_noise(self)
+
+    def fitted(self, training: Sequence[Training]) -> DPSGD:
+        """With the least noise that keeps `epsilon` for every client, by the claim's accountant."""
+        from fedsec.privacy import noise_multiplier
+
+        if self.epsilon is None:
+            return self
+        runs = {(min(1.0, t.batch / t.examples), t.steps) for t in training}
+        least = (noise_multiplier(self.epsilon, self.delta, *run, "prv") for run in sorted(runs))
+        return replace(self, epsilon=None, noise_multiplier=max(least))
+
     def noise_std(self, expected: int) -> float:
         """The standard deviation of the noise on each coordinate of one gradient step."""
-        return self.noise_multiplier * self.clip / expected
+        return self.sigma * self.clip / expected
 
     def noise(self, local: Local) -> tuple[float, float]:
         """Noise of all steps; what later steps make of the earlier ones' is left out."""
@@ -98,16 +112,16 @@ class DPSGD(Defense):
         """Epsilon at `delta` by PRV (RDP beside it), or by RDP alone where PRV has no number."""
         from fedsec.privacy import Mechanism, epsilon
 
-        if self.noise_multiplier == 0:
+        if self.sigma == 0:
             return Privacy(None, self.delta, None, reason="no noise: noise_multiplier is 0")
         if self.delta * training.examples >= 1:
             why = f"delta {self.delta:g} is not below 1/{training.examples}, one over the examples"
             return Privacy(None, self.delta, None, reason=why)
         rate = min(1.0, training.batch / training.examples)
-        run = Mechanism(self.noise_multiplier, rate, training.steps)
+        run = Mechanism(self.sigma, rate, training.steps)
         rdp = epsilon(*run, self.delta, accountant="rdp")
         if not math.isfinite(rdp):
-            why = f"noise_multiplier {self.noise_multiplier:g} is too small for a finite epsilon"
+            why = f"noise_multiplier {self.sigma:g} is too small for a finite epsilon"
             return Privacy(None, self.delta, None, reason=why, mechanism=run)
         try:
             prv = epsilon(*run, self.delta, accountant="prv")
@@ -119,7 +133,7 @@ class DPSGD(Defense):
         """Without noise there is nothing to cover: an ablation that claims no epsilon."""
         rule = f"must be below 1/{training.examples}, one over a client's examples: sending one of "
         rule += "them as it is keeps such a promise; lower it, or noise_multiplier=0 claims nothing"
-        covered = self.noise_multiplier == 0 or self.delta * training.examples < 1
+        covered = self.sigma == 0 or self.delta * training.examples < 1
         require(covered, "delta", rule, f"{self.delta:g}")
 
     def check(self, model: nn.Module) -> None:
@@ -205,6 +219,23 @@ def norms(grads: Tensors) -> Float[Tensor, " n"]:
 def clip_factors(norms: Float[Tensor, " n"], clip: float) -> Float[Tensor, " n"]:
     """min(1, clip / norm) of each example."""
     return (clip / norms).clamp(max=1.0)  # a zero gradient: 1
+
+
+def noise_or_epsilon(defense: Any) -> None:
+    """Refuse the two fields together, and values that neither may have; 1.0 where both are null."""
+    noise, epsilon = defense.noise_multiplier, defense.epsilon
+    rule = "must be null where noise_multiplier is given: each determines the other"
+    require(noise is None or epsilon is None, "epsilon", rule, epsilon)
+    require(epsilon is None or 0 < epsilon < math.inf, "epsilon", "must be above 0 and finite",
+            epsilon)  # fmt: skip
+    rule = "must be at least 0 and finite"
+    require(noise is None or 0 <= noise < math.inf, "noise_multiplier", rule, noise)
+
+
+def known_noise(defense: Any) -> float:
+    """The noise multiplier of a defense that has these two fields: 1.0 where both are null."""
+    assert defense.epsilon is None, "a training run decides: see `fitted`"
+    return 1.0 if defense.noise_multiplier is None else defense.noise_multiplier
 
 
 def normal_like(tensor: Tensor, rng: torch.Generator) -> Tensor:

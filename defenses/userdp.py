@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from defenses.dpsgd import normal_like
+from defenses.dpsgd import known_noise, noise_or_epsilon, normal_like
 from fedsec.checks import require
 from fedsec.defense import RELEASED, SENT, Defense, Privacy, Training, bare
 from fedsec.types import Local, Tensors, Update
@@ -44,18 +45,18 @@ class UserDP(Defense):
     """
 
     clip: float  # > 0, L2 norm of one client's update
-    noise_multiplier: float  # >= 0, deviation of the noise in units of clip
+    # >= 0, deviation of the noise in units of clip; null: 1.0, or what `epsilon` takes
+    noise_multiplier: float | None
     delta: float  # in (0, 1), below 1 / clients
     place: str  # central: the server adds the noise; local: each client does
+    epsilon: float | None = None  # > 0, of the whole run, for which to find the noise; null: none
 
     sums = True
     turns = False
 
     def __post_init__(self):
         require(0 < self.clip < math.inf, "clip", "must be above 0 and finite", self.clip)
-        rule = "must be at least 0 and finite"
-        require(0 <= self.noise_multiplier < math.inf, "noise_multiplier", rule,
-                self.noise_multiplier)  # fmt: skip
+        noise_or_epsilon(self)
         require(0 < self.delta < 1, "delta", "must be in (0, 1)", self.delta)
         require(self.place in PLACES, "place", f"must be {' or '.join(PLACES)}", self.place)
 
@@ -70,7 +71,26 @@ class UserDP(Defense):
     @property
     def deviation(self) -> float:
         """Of the noise on one entry of the clients' sum (central) or of one update (local)."""
-        return self.noise_multiplier * self.clip
+        return self.sigma * self.clip
+
+    @property
+    def sigma(self) -> float:
+        """The noise multiplier, which `epsilon` must not still leave open: see `fitted`."""
+        return known_noise(self)
+
+    @property
+    def apart(self) -> int:
+        """How far apart, in multiples of `clip`, what is hidden may move what is noised."""
+        return 1 if self.place == "central" else 2
+
+    def fitted(self, training: Sequence[Training]) -> UserDP:
+        """With the least noise that keeps `epsilon`, by the claim's own, exact, accounting."""
+        from fedsec.privacy import gaussian_noise
+
+        if self.epsilon is None:
+            return self
+        noise = gaussian_noise(self.epsilon, self.delta, max(t.updates for t in training))
+        return replace(self, epsilon=None, noise_multiplier=self.apart * noise)
 
     def update(self, update: Update, rng: torch.Generator) -> Update:
         sent = self.expected(update.tensors)
@@ -109,16 +129,16 @@ class UserDP(Defense):
             against=RELEASED if central else SENT,
         )
         why = ""
-        if self.noise_multiplier == 0:
+        if self.sigma == 0:
             why = "no noise: noise_multiplier is 0"
         elif self.delta * training.clients >= 1:
             why = f"delta {self.delta:g} is not below 1/{training.clients}, one over the clients"
         if why:
             return replace(claim, reason=why)
-        run = Mechanism(self.noise_multiplier / (1 if central else 2), 1.0, training.updates)
+        run = Mechanism(self.sigma / self.apart, 1.0, training.updates)
         epsilon = gaussian_epsilon(gdp_mu(*run), self.delta)
         if not math.isfinite(epsilon):
-            why = f"noise_multiplier {self.noise_multiplier:g} is too small for a finite epsilon"
+            why = f"noise_multiplier {self.sigma:g} is too small for a finite epsilon"
             return replace(claim, reason=why)
         found = {"epsilon": epsilon, "accountant": "Gaussian", "mechanism": run}
         return replace(claim, others=others(run, self.delta), **found)

@@ -76,7 +76,7 @@ def _audit(asked: argparse.Namespace) -> int:
     from fedsec.audit import audit
 
     torch.set_num_threads(1)
-    claim, training, who = _claim(settings)
+    settings, claim, training, who = _claim(settings)
     console.line("", who)
     left = "claimed"
     for text in _proven(claim):
@@ -134,16 +134,17 @@ def _read(
     return config.saved(folder / records.CONFIG, names), recorded
 
 
-def _claim(settings: Settings) -> tuple[Privacy, Training, str]:
-    """What the run claims for the client that is worst off, and who that is. Loads the data."""
-    from fedsec.defense import Privacy, weakest
-    from fedsec.experiment import job_of
-    from fedsec.federation import check, shares, trained
+def _claim(settings: Settings) -> tuple[Settings, Privacy, Training, str]:
+    """What the run claims for the client that is worst off, and who that is. Loads the data.
 
-    dataset = settings.data.load()
-    work = job_of(settings, "cpu", (), settings.defense)
-    check(work)
-    held = trained(work, shares(dataset, work.federation, work.clients, work.seed))
+    The settings with the noise that a given epsilon takes come back with it.
+    """
+    from fedsec.defense import Privacy, weakest
+    from fedsec.experiment import fitted, job_of
+    from fedsec.federation import trained
+
+    settings, shares, _ = fitted(settings, settings.data.load())
+    held = trained(job_of(settings, "cpu", (), settings.defense), shares)
     claim, training = weakest(settings.defense, held)
     claim = claim or Privacy(None, None, None, reason="it makes no formal claim")
     if claim.epsilon is None or training is None:
@@ -155,7 +156,7 @@ def _claim(settings: Settings) -> tuple[Privacy, Training, str]:
         f"client {held.index(training)} of {len(held)}, the worst off: {training.examples} "
         f"examples, {training.batch} a batch, {training.steps} steps"
     )
-    return claim, training, who
+    return settings, claim, training, who
 
 
 def _proven(claim: Privacy) -> Iterator[str]:

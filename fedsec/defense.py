@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 
@@ -71,6 +72,13 @@ class Defense:
 
     def supplied(self, public: Batch) -> Defense:
         """The defense with public images at hand, if it needs any."""
+        return self
+
+    def fitted(self, training: Sequence[Training]) -> Defense:
+        """The defense with what it leaves to the run solved, for the `training` of each client.
+
+        Refuses, under the defense's own key, what cannot be reached.
+        """
         return self
 
     @property
@@ -250,6 +258,13 @@ class Compose(Defense):
     def supplied(self, public: Batch) -> Defense:
         return Compose(tuple(part.supplied(public) for part in self.parts))
 
+    def fitted(self, training: Sequence[Training]) -> Defense:
+        fitted = []
+        for part in self.parts:
+            with _named(part):
+                fitted.append(part.fitted(training))
+        return Compose(tuple(fitted))
+
     @property
     def published(self) -> Defense:
         return Compose(tuple(part.published for part in self.parts))
@@ -353,10 +368,17 @@ class Compose(Defense):
 
     def covers(self, training: Training) -> None:
         for part in self.parts:
-            try:
+            with _named(part):
                 part.covers(training)
-            except Refused as wrong:
-                raise wrong.under(type(part).__name__.lower()) from None
+
+
+@contextmanager
+def _named(part: Defense) -> Iterator[None]:
+    """What is refused inside is a key of this part."""
+    try:
+        yield
+    except Refused as wrong:
+        raise wrong.under(type(part).__name__.lower()) from None
 
 
 def _both(one: Tensors, other: Tensors) -> Tensors:

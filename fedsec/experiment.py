@@ -24,7 +24,7 @@ from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.console import Stage as Shown
 from fedsec.data import Dataset
-from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, weakest
+from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, parts, weakest
 from fedsec.federation import (
     Craft,
     Federated,
@@ -70,6 +70,7 @@ class Plan:
     flaws: dict[str, str]  # metrics that cannot be measured here, and why
     resumes: bool  # `folder` holds this run, which was not done
     store: Path | None = None  # of trained federations
+    found: str = ""  # what the defense left to the run, and was solved for
 
 
 def plan(
@@ -92,9 +93,9 @@ def plan(
     torch.set_num_threads(1)
     torch.backends.cudnn.allow_tf32 = False  # ten bits drown what tells two gradients apart
     dataset: Dataset = settings.data.load()
+    settings, held, found = fitted(settings, dataset)
     defenses = _defenses(settings, dataset)
     job = job_of(settings, device, (), settings.defense)
-    held = shares(dataset, job.federation, values.clients, values.seed)
     probes = () if values.victim_batch == "same" else _probes(settings, held)
     check(job_of(settings, device, probes, settings.defense))
     if "labels" not in settings.threat.grants:
@@ -127,8 +128,30 @@ def plan(
     flaws = metrics.unmeasurable(dataset.shape, values.lpips, download=asked)
     return Plan(
         settings, dataset, device, folder, config, command, probes, defenses, estimate, flaws,
-        resumes, store,
+        resumes, store, found,
     )  # fmt: skip
+
+
+def fitted(settings: Settings, dataset: Dataset) -> tuple[Settings, list[Tensor], str]:
+    """The settings with a defense that leaves nothing to the run, what clients hold, what it found.
+
+    Noise that a given epsilon takes depends on the clients' data and on the rounds.
+    """
+    job = job_of(settings, "cpu", (), settings.defense)
+    check(job)
+    held = shares(dataset, job.federation, job.clients, job.seed)
+    try:
+        defense = settings.defense.fitted(trained(job, held))
+    except Refused as wrong:
+        raise wrong.under("defense") from None
+    found = []
+    for asked, part in zip(parts(settings.defense), parts(defense), strict=True):
+        solved = {k: v for k, v in vars(part).items() if v is not None and v != vars(asked)[k]}
+        given = {k: v for k, v in vars(asked).items() if v is not None and vars(part)[k] is None}
+        name = type(part).__name__.lower()
+        found += [f"{name}.{k} {v:.4g}, the least" for k, v in solved.items()]
+        found += [f"for {k} {v:g}" for k, v in given.items()]
+    return replace(settings, defense=defense), held, " ".join(found)
 
 
 def perform(plan: Plan, console: Console) -> int:

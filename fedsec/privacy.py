@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -88,24 +88,47 @@ def noise_multiplier(
     require(0 < target < math.inf, "epsilon", "must be above 0 and finite", target)
     require(steps >= 1, "steps", "must be at least 1", steps)
 
-    def over(sigma: float) -> bool:
+    def spent(sigma: float) -> float:
         try:
-            return epsilon(sigma, sample_rate, steps, delta, accountant) > target
+            return epsilon(sigma, sample_rate, steps, delta, accountant)
         except ArithmeticError:  # PRV's range is left by large epsilons only
-            return epsilon(sigma, sample_rate, steps, delta, "rdp") > target
+            return epsilon(sigma, sample_rate, steps, delta, "rdp")
 
-    high = 1.0
-    while over(high):
+    rdp = noise_multiplier(target, delta, sample_rate, steps) if accountant == "prv" else 1.0
+    return _least(spent, target, first=rdp)  # PRV takes a second a look, and little less noise
+
+
+def gaussian_noise(target: float, delta: float, steps: int) -> float:
+    """The same without subsampling, by the exact epsilon (`gaussian_epsilon`)."""
+    require(0 < target < math.inf, "epsilon", "must be above 0 and finite", target)
+    require(steps >= 1, "steps", "must be at least 1", steps)
+
+    return _least(lambda sigma: gaussian_epsilon(gdp_mu(sigma, 1.0, steps), delta), target)
+
+
+def _least(spent: Callable[[float], float], target: float, first: float = 1.0) -> float:
+    """The least noise multiplier whose `spent` epsilon is at most `target`, near `first`.
+
+    To 1e-5 of itself, rounded up.
+    """
+    from scipy.optimize import brentq
+
+    def gap(sigma: float) -> float:
+        found = spent(sigma)
+        return math.log(found / target) if 0 < found < math.inf else math.copysign(99, found - 1)
+
+    high = first
+    while gap(high) > 0:
         high *= 2
         least = "no noise reaches it with this accountant, delta and steps; ask for more"
         require(high < _MOST_NOISE, "epsilon", least, target)
-    low = high / 2
-    while not over(low):
-        low, high = low / 2, low
-    while high / low > 1 + 1e-5:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if over(middle) else (low, middle)
-    return high
+    low = high / 1.1
+    while gap(low) <= 0:
+        low, high = low / 1.5, low
+    root = float(brentq(gap, low, high, xtol=1e-6 * low, rtol=1e-6))  # type: ignore[arg-type]
+    while gap(root) > 0:
+        root *= 1 + 5e-6
+    return root
 
 
 def gdp_mu(noise_multiplier: float, sample_rate: float, steps: int) -> float:

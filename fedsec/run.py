@@ -272,6 +272,8 @@ def _announce(plan: Plan, console: Console) -> None:
     device = plan.device + (threads if plan.device == "cpu" else "")
     if plan.store is not None:
         console.line("store", f"{plan.store} keeps trained federations for further attacks")
+    if plan.found:
+        console.line("defense", plan.found)
     console.plan(device, torch.__version__.split("+")[0], values.seed, work, plan.estimate)
 
 
