@@ -141,6 +141,11 @@ class Defense:
         """The guarantee for `training`; None if the defense claims none."""
         return None
 
+    def claims(self, training: Training) -> tuple[Privacy, ...]:
+        """Every guarantee, each with what it hides; `privacy` is the first that has an epsilon."""
+        claim = self.privacy(training)
+        return () if claim is None else (claim,)
+
     # What a knowing adversary computes with: public, and without the defense's draws.
 
     def per_example(self, gradients: Tensors) -> Tensors:
@@ -189,7 +194,18 @@ def weakest(
     claims = [(claim, t) for t in training if (claim := defense.privacy(t)) is not None]
     if not claims:
         return None, None
-    return max(claims, key=lambda c: math.inf if c[0].epsilon is None else c[0].epsilon)
+    return max(claims, key=lambda c: _spent(c[0]))
+
+
+def guarantees(defense: Defense, training: Sequence[Training]) -> tuple[Privacy, ...]:
+    """Of each claim, in the order of `Defense.claims`, that of the client that is worst off."""
+    each = [[c for t in training for c in part.claims(t)] for part in parts(defense)]
+    worst = [max(claims, key=_spent) for claims in each if claims]
+    return tuple(sorted(worst, key=lambda claim: claim.epsilon is None))
+
+
+def _spent(claim: Privacy) -> float:
+    return math.inf if claim.epsilon is None else claim.epsilon
 
 
 @dataclass(frozen=True)
@@ -318,9 +334,12 @@ class Compose(Defense):
         return min((part.bytes(update) for part in self.parts), default=super().bytes(update))
 
     def privacy(self, training: Training) -> Privacy | None:
-        """The first one's that has an epsilon: what comes after a part does not weaken it."""
-        claims = [c for c in (p.privacy(training) for p in self.parts) if c is not None]
-        return min(claims, key=lambda claim: claim.epsilon is None, default=None)
+        return next(iter(self.claims(training)), None)
+
+    def claims(self, training: Training) -> tuple[Privacy, ...]:
+        """Each part's, those with an epsilon first: what comes after a part does not weaken it."""
+        claims = [claim for part in self.parts for claim in part.claims(training)]
+        return tuple(sorted(claims, key=lambda claim: claim.epsilon is None))
 
     def per_example(self, gradients: Tensors) -> Tensors:
         for part in self.parts:

@@ -24,7 +24,7 @@ from fedsec.config import Settings, difference
 from fedsec.console import Console
 from fedsec.console import Stage as Shown
 from fedsec.data import Dataset
-from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, parts, weakest
+from fedsec.defense import RELEASED, SENT, Compose, Defense, Privacy, guarantees, parts
 from fedsec.federation import (
     Craft,
     Federated,
@@ -252,7 +252,7 @@ class _Run:
         self.plan, self.console, self.writer, self.state = plan, console, writer, state
         self.settings, self.values = plan.settings, plan.settings.values
         self.accuracy: dict[str, float] = {}
-        self.privacy: dict[str, Privacy] = {}
+        self.privacy: dict[str, tuple[Privacy, ...]] = {}  # never empty
         self.store = None if plan.store is None else Store(plan.store)
         self.reused: dict[str, bool] = {}  # whether another run trained the federation
         self.federate_seconds: dict[str, float] = {}
@@ -288,7 +288,8 @@ class _Run:
                 )
             stage.close(
                 f"{kept.seconds:.1f} s{', reused' * (not fresh)}"
-                f"   accuracy {100 * kept.accuracy:.1f} %" + _epsilon(self.privacy[name])
+                f"   accuracy {100 * kept.accuracy:.1f} %"
+                + "".join(map(_epsilon, self.privacy[name]))
             )
         stacks = list(self._stacks(federated.exchanges, job))
         total = sum(len(e.batch) for stack in stacks for e in stack)
@@ -376,14 +377,18 @@ class _Run:
 
     def _whom(self, name: str) -> None:
         """Say what an epsilon hides, and from whom, where it is not one example."""
-        claim, threat = self.privacy[name], self.settings.threat
-        if claim.epsilon is None or claim.unit == "example":
-            return
-        said = f"{name}: epsilon hides one {claim.unit} ({claim.neighbours}) from {claim.against}"
-        if claim.against == RELEASED and {"update", "aggregate", "history"} & set(threat.grants):
-            said += f"; threat={threat.name} is the server, and what it sees has no noise"
-            said += " [epsilon-not-for-the-server]"
-        self.flags.append(said)
+        threat = self.settings.threat
+        for claim in self.privacy[name]:
+            if claim.epsilon is None or claim.unit == "example":
+                continue
+            hidden = f"one {claim.unit} ({claim.neighbours})"
+            said = f"{name}: epsilon {claim.epsilon:.3g} hides {hidden} from {claim.against}"
+            if claim.against == RELEASED and {"update", "aggregate", "history"} & set(
+                threat.grants
+            ):
+                said += f"; threat={threat.name} is the server, and what it sees has no noise"
+                said += " [epsilon-not-for-the-server]"
+            self.flags.append(said)
 
     def _craft(self, defense: Defense) -> Craft | None:
         """What the attack makes of the model that the attacked clients get, if it tampers."""
@@ -566,6 +571,11 @@ class _Run:
         path = self.plan.folder / records.GRID
         report.grid(path, torch.stack(originals).numpy(), rows, psnr)
 
+    def _claimed(self, claim: Privacy, rows: list[records.Row]) -> dict[str, Any]:
+        said = ("epsilon", "delta", "accountant", "unit", "neighbours", "against")
+        written = {key: getattr(claim, key) for key in said}
+        return {**written, "others": dict(claim.others), **self._formal(claim, rows)}
+
     def _formal(self, claim: Privacy, rows: list[records.Row]) -> dict[str, Any]:
         """What is proven about the whole run and about one update, and what was measured.
 
@@ -601,9 +611,12 @@ class _Run:
         own, control = self.accuracy.get(name), self.accuracy.get(CONTROL)
         if control is None and status == "done":
             flags.append("control_accuracy, accuracy_loss: control=false, so no control was run")
-        privacy = self.privacy.get(name, Privacy(None, None, None, reason="the run ended before"))
-        if privacy.epsilon is None:
-            flags.append(f"epsilon, delta, accountant: {privacy.reason}")
+        ended = (Privacy(None, None, None, reason="the run ended before"),)
+        claims = self.privacy.get(name, ended)
+        for claim in claims:
+            if claim.epsilon is None:
+                whose = "" if len(claims) == 1 else f" for one {claim.unit}"
+                flags.append(f"epsilon, delta, accountant{whose}: {claim.reason}")
         flags += self.flags
         if self.unread and rows:
             attack, threat = settings.names["attack"], settings.names["threat"]
@@ -626,14 +639,8 @@ class _Run:
                 "chance_accuracy": float(test.labels.bincount().max()) / len(test),
             },
             "privacy": {
-                "epsilon": privacy.epsilon,
-                "delta": privacy.delta,
-                "accountant": privacy.accountant,
-                "others": dict(privacy.others),
-                "unit": privacy.unit,
-                "neighbours": privacy.neighbours,
-                "against": privacy.against,
-                **self._formal(privacy, rows),
+                **self._claimed(claims[0], rows),
+                "also": [self._claimed(claim, rows) for claim in claims[1:]],
             },
             "cost": {
                 "federate_seconds": self.federate_seconds.get(name),
@@ -924,10 +931,10 @@ def _estimate(settings: Settings, dataset: Dataset, model: nn.Module, defenses: 
     return defenses * (training + attacks / min(4, updates))
 
 
-def _privacy(defense: Defense, federated: Federated) -> Privacy:
-    """The guarantee of the client that is worst off."""
-    claim, _ = weakest(defense, federated.training)
-    return claim or Privacy(None, None, None, reason="the defense makes no formal claim")
+def _privacy(defense: Defense, federated: Federated) -> tuple[Privacy, ...]:
+    """The guarantees, each of the client that is worst off."""
+    none = Privacy(None, None, None, reason="the defense makes no formal claim")
+    return guarantees(defense, federated.training) or (none,)
 
 
 def _epsilon(privacy: Privacy) -> str:

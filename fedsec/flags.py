@@ -74,7 +74,7 @@ def _of_control(group: Group) -> Iterator[str]:
 
 
 def _of_defended(group: Group, control: Group | None, scenario: Scenario) -> Iterator[str]:
-    from fedsec.report.numbers import inner
+    from fedsec.report.numbers import claims
 
     name = scenario.label(group)
     if group.leaks is not None and group.gain.high is not None and group.gain.high < 0:
@@ -90,7 +90,8 @@ def _of_defended(group: Group, control: Group | None, scenario: Scenario) -> Ite
                 "the same images: either the defense gives more away, or the attack suits it "
                 "better [leaks-more]"
             )
-    for measured in (m for run in group.runs for m in inner(run, "privacy").get("measured", ())):
+    made = [c for run in group.runs for c in claims(run)]
+    for measured in (m for claim in made for m in claim.get("measured", ())):
         if measured["chance"] < CHANCE:
             yield (
                 f"{group['attack']} under {name} named {measured['right']} of {measured['made']} "

@@ -9,7 +9,7 @@ from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
 from defenses.userdp import UserDP
 from fedsec.checks import Refused
-from fedsec.defense import Compose, Defense, Training, weakest
+from fedsec.defense import Compose, Defense, Training, guarantees, weakest
 
 LARGE = Training(steps=60, examples=400, batch=16, per_update=1, clients=4)
 SMALL = Training(steps=60, examples=100, batch=16, per_update=1, clients=4)
@@ -105,3 +105,48 @@ def test_what_cannot_be_is_refused_in_one_line(more, rule, tmp_path, monkeypatch
     assert len(error) == 1
     assert error[0].startswith(f"error: defense.epsilon: {rule}")
     assert not (tmp_path / "out").exists()
+
+
+# Two claims of one run
+
+
+def both(**user) -> Compose:
+    fields = {"place": "local", "noise_multiplier": 4.0} | user
+    return Compose((dpsgd(noise_multiplier=1.0), userdp(**fields)))
+
+
+def test_each_unit_keeps_its_own_claim_and_its_own_worst_client():
+    apart = guarantees(both(), [LARGE, SMALL])
+    assert [claim.unit for claim in apart] == ["example", "client"]
+    assert apart[0].epsilon == claimed(both().parts[0], SMALL)
+    assert apart[1].epsilon == claimed(both().parts[1], LARGE)
+    assert apart[0].epsilon != apart[1].epsilon
+
+
+def test_a_claim_without_an_epsilon_comes_last_and_keeps_its_reason():
+    first, last = guarantees(both(noise_multiplier=0.0), [LARGE])
+    assert first.unit == "example"
+    assert (last.unit, last.epsilon) == ("client", None)
+    assert "noise_multiplier is 0" in last.reason
+    assert guarantees(Compose((Noise(std=0.1, distribution="gaussian"),)), [LARGE]) == ()
+
+
+@pytest.mark.slow
+def test_a_run_reports_both_claims_everywhere(tmp_path, monkeypatch, capsys):
+    parts = ("defense=[dpsgd,userdp]", "defense.userdp.place=local")
+    assert tiny.call(monkeypatch, tiny.words(tmp_path, *parts, "control=false")) == 0
+    folder, said = tmp_path / "out", capsys.readouterr().out
+    privacy = tiny.whole(folder)["privacy"]
+    also = privacy["also"][0]
+    assert (privacy["unit"], also["unit"]) == ("example", "client")
+    assert privacy["accountant"] == "PRV"
+    assert also["accountant"] == "Gaussian"
+    assert also["formal"]
+    page = (folder / "report.html").read_text()
+    for text in (said, page):
+        assert f"{privacy['epsilon']:.3g} and {also['epsilon']:.3g}" in text
+        assert "one example" in text
+        assert "one client" in text
+    line = next(row for row in said.splitlines() if row.startswith("federate") and "epsilon" in row)
+    assert f"epsilon {privacy['epsilon']:.2f}" in line
+    assert f"epsilon {also['epsilon']:.2f}" in line

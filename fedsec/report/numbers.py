@@ -192,17 +192,31 @@ class Group:
         return _over_seeds(self.runs, "accuracy_loss")
 
     @cached_property
+    def claims(self) -> list[dict]:
+        """Of each thing that is hidden the weakest guarantee of the runs, the first claim first."""
+        found: dict[str, list[dict]] = {}
+        for run in () if self.control else self.runs:
+            for claim in claims(run):
+                if claim.get("epsilon") is not None:
+                    found.setdefault(claim.get("unit", "example"), []).append(claim)
+        return [max(same, key=lambda claim: claim["epsilon"]) for same in found.values()]
+
+    @property
     def privacy(self) -> dict:
-        """The weakest guarantee (largest epsilon) among the runs; empty where there is none."""
-        claims = [] if self.control else [inner(run, "privacy") for run in self.runs]
-        bounds = [claim for claim in claims if claim.get("epsilon") is not None]
-        return max(bounds, key=lambda claim: claim["epsilon"], default={})
+        """The first of them; empty where there is none."""
+        return next(iter(self.claims), {})
 
     @property
     def null(self) -> str:
         """The name of the baseline that most often was the best null."""
         names = Counter(row.null for row in self.rows if row.null)
         return names.most_common(1)[0][0] if names else "best null"
+
+
+def claims(run: Run) -> list[dict]:
+    """What a run claims to guarantee, each with what it hides."""
+    first = inner(run, "privacy")
+    return [first, *first.get("also", ())]
 
 
 def groups(runs: Sequence[Run]) -> list[Group]:

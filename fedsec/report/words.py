@@ -17,7 +17,7 @@ from fedsec.report.numbers import (
     Group,
     Scenario,
     World,
-    inner,
+    claims,
     scenarios,
     worlds,
 )
@@ -94,12 +94,16 @@ def _verdict(group: Group) -> Cell:
 
 
 def _spent(group: Group) -> Cell:
-    claim = group.privacy
-    if not claim:
+    """Each claim's epsilon, and what it is of."""
+    if not group.claims:
         return ABSENT, "" if group.control else "no bound"
-    delta = f"{claim.get('delta') or 0:g}".replace("e-0", "e-")
-    unit = claim.get("unit", "example")  # runs before there was another do not say it
-    return f"{claim['epsilon']:.3g}", f"δ {delta}, {claim.get('accountant')}, one {unit}"
+    said = []
+    for claim in group.claims:
+        delta = f"{claim.get('delta') or 0:g}".replace("e-0", "e-")
+        unit = claim.get("unit", "example")  # runs before there was another do not say it
+        said.append(f"δ {delta}, {claim.get('accountant')}, one {unit}")
+    each = " and ".join(f"{claim['epsilon']:.3g}" for claim in group.claims)
+    return each, "; ".join(said)
 
 
 def _loss(group: Group) -> Cell:
@@ -252,12 +256,26 @@ def private(found: Sequence[Group]) -> list[tuple[str, list[Fact]]]:
     to be.
     """
     settings = [(s.heading, s.label(g), g) for s in worlds(found) for g in s.groups]
-    return [(": ".join(filter(None, h)), facts) for *h, g in settings if (facts := _proven(g))]
+    said = []
+    for *heading, group in settings:
+        of = _worst_claims(group)
+        for unit, claim in of.items():
+            about = [*heading, f"one {unit}"] if len(of) > 1 else heading
+            if facts := _proven(group, claim):
+                said.append((": ".join(filter(None, about)), facts))
+    return said
 
 
-def _proven(group: Group) -> list[Fact]:
-    claims = [] if group.control else [inner(run, "privacy") for run in group.runs]
-    claim = max(claims, key=_weakness, default={})
+def _worst_claims(group: Group) -> dict[str, dict]:
+    """Of each thing that is hidden the run with the weakest claim."""
+    found: dict[str, list[dict]] = {}
+    for run in () if group.control else group.runs:
+        for claim in claims(run):
+            found.setdefault(claim.get("unit", "example"), []).append(claim)
+    return {unit: max(same, key=_weakness) for unit, same in found.items()}
+
+
+def _proven(group: Group, claim: dict) -> list[Fact]:
     facts: dict[str, dict[str, str]] = {}
     for key in KINDS:
         for line in claim.get(key, ()):
