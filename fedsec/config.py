@@ -30,6 +30,7 @@ class Values:
     images: int  # victim images attacked, >= 1
     victim_batch: int | str  # images per attacked update, or "same": the training exchanges
     rounds: int  # of the federation, >= 0
+    ema: float  # decay of an average of the global weights that is evaluated too; 0: none
     attack_rounds: tuple[int, ...]  # rounds whose exchanges are attacked; 0: the initial model
     clients: int  # >= 1
     seed: int
@@ -45,6 +46,7 @@ class Values:
     def __post_init__(self):
         require(self.images >= 1, "images", "must be at least 1", self.images)
         require(self.rounds >= 0, "rounds", "must not be negative", self.rounds)
+        require(0 <= self.ema < 1, "ema", "must be in [0, 1)", self.ema)
         require(self.clients >= 1, "clients", "must be at least 1", self.clients)
         require(self.stack >= 1, "stack", "must be at least 1", self.stack)
         require(self.candidates >= 2, "candidates", "must be at least 2", self.candidates)

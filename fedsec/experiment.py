@@ -252,6 +252,7 @@ class _Run:
         self.plan, self.console, self.writer, self.state = plan, console, writer, state
         self.settings, self.values = plan.settings, plan.settings.values
         self.accuracy: dict[str, float] = {}
+        self.averaged: dict[str, float] = {}  # the same of averaged weights, where ema asks for it
         self.privacy: dict[str, tuple[Privacy, ...]] = {}  # never empty
         self.store = None if plan.store is None else Store(plan.store)
         self.reused: dict[str, bool] = {}  # whether another run trained the federation
@@ -275,6 +276,8 @@ class _Run:
             self.federate_seconds[name] = kept.seconds
             self.price[name] = federated.seconds_per_round, federated.sent_bytes
             self.accuracy[name] = kept.accuracy
+            if kept.averaged is not None:
+                self.averaged[name] = kept.averaged
             self.privacy[name] = _privacy(defense, federated)
             if not all(p.isfinite().all() for p in federated.model.parameters()):
                 self.flags.append(
@@ -289,6 +292,7 @@ class _Run:
             stage.close(
                 f"{kept.seconds:.1f} s{', reused' * (not fresh)}"
                 f"   accuracy {100 * kept.accuracy:.1f} %"
+                + (f", averaged {100 * self.averaged[name]:.1f} %" if self.averaged else "")
                 + "".join(map(_epsilon, self.privacy[name]))
             )
         stacks = list(self._stacks(federated.exchanges, job))
@@ -331,9 +335,10 @@ class _Run:
             with cost.Clock(plan.device) as clock:
                 federated = federate(job, plan.dataset, stage.advance, craft)
             fresh.append(federated)
-            right = accuracy(federated.model, plan.dataset.test, plan.device)
-            own = str(plan.folder.resolve())
-            return Kept(federated.trajectory, right, clock.seconds, own)
+            own, test = str(plan.folder.resolve()), plan.dataset.test
+            right = accuracy(federated.model, test, plan.device)
+            averaged = federated.averaged and accuracy(federated.averaged, test, plan.device)
+            return Kept(federated.trajectory, right, clock.seconds, own, averaged)
 
         kept = self._stored(name, job, train) or train()
         if fresh:
@@ -636,6 +641,14 @@ class _Run:
                 "accuracy": own,
                 "control_accuracy": control,
                 "accuracy_loss": None if own is None or control is None else control - own,
+                **(
+                    {
+                        "averaged_accuracy": self.averaged.get(name),
+                        "control_averaged_accuracy": self.averaged.get(CONTROL),
+                    }
+                    if values.ema
+                    else {}
+                ),
                 "chance_accuracy": float(test.labels.bincount().max()) / len(test),
             },
             "privacy": {
@@ -822,6 +835,7 @@ def job_of(settings: Settings, device: str, probes: tuple, defense: Defense) -> 
         rounds=values.rounds,
         seed=values.seed,
         device=device,
+        ema=values.ema,
         attack_rounds=tuple(values.attack_rounds),
         probes=probes,
         keep_training=values.victim_batch == "same",

@@ -86,6 +86,7 @@ class Job:
     attack_rounds: tuple[int, ...] = ()  # from 0; `rounds` itself attacks the final model
     probes: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (client, indices of its victim images)
     keep_training: bool = False  # attack the training exchanges themselves instead of probes
+    ema: float = 0.0  # decay of the `Average` of the global weights; 0: none is taken
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Trajectory:
     final: Tensors  # the same, after the last round
     seconds_per_round: float | None  # median of the training rounds without an attack
     sent_bytes: float | None  # of one client in one training round, on average
+    averaged: Tensors | None = None  # the average of all rounds' weights, if asked for
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,15 @@ class Federated:
     seconds: float  # wall time of the federation
     training: list[Training]  # what each client's guarantee depends on
     trajectory: Trajectory
+
+    @property
+    def averaged(self) -> nn.Module | None:
+        """The model with the average of all rounds' weights, if asked for."""
+        if self.trajectory.averaged is None:
+            return None
+        model = copy.deepcopy(self.model)
+        load(model, self.trajectory.averaged)
+        return model
 
     @property
     def seconds_per_round(self) -> float | None:
@@ -141,6 +152,27 @@ class Travelled:
     taps: list[Tapped]  # of the attack rounds
     seconds: list[float]  # of each training round
     sent: list[int]  # bytes of all clients' replies in each training round
+    averaged: Tensors | None = None  # as `final`
+
+
+class Average:
+    """An exponential moving average of weights: De et al. 2022, section 3.2, parameter averaging.
+
+    w <- d w + (1 - d) new, with d = min(`decay`, (1 + t) / (10 + t)) at the t-th, from 0: the
+    warm-up by which early weights are soon forgotten. It reads models that are released anyhow, so
+    that privacy is as it was, and what clients get is not touched. Counters are the last ones.
+    """
+
+    def __init__(self, decay: float, first: Tensors):
+        self.decay, self.weights, self.taken = decay, dict(first), 0
+
+    def take(self, new: Tensors) -> None:
+        decay = min(self.decay, (1 + self.taken) / (10 + self.taken))
+        self.taken += 1
+        for name, tensor in new.items():
+            kept = self.weights[name].to(tensor.device)
+            smooth = tensor.is_floating_point()
+            self.weights[name] = tensor.lerp(kept, decay) if smooth else tensor.clone()
 
 
 class ClientFailed(RuntimeError):
@@ -299,6 +331,7 @@ def _trajectory(job: Job, travelled: Travelled) -> Trajectory:
         travelled.final,
         median(quiet or travelled.seconds) if job.rounds else None,
         mean(sent) if sent else None,
+        travelled.averaged,
     )
 
 

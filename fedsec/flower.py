@@ -45,6 +45,7 @@ from fedsec.checks import Refused
 from fedsec.client import buffers, mean_update, parameters, weights_after
 from fedsec.federation import (
     STRATEGIES,
+    Average,
     ClientFailed,
     Craft,
     Job,
@@ -64,7 +65,8 @@ def run(job: Job, site: Site, progress: Progress, craft: Craft | None = None) ->
     server = Server(job, site, progress, craft)
     _serve(server, _inline if job.federation.engine == "inline" else _ray)
     seconds = [after - before for before, after in pairwise(server.began)]
-    return Travelled(server.final, server.taps, seconds, server.sent)
+    averaged = server.average.weights if server.average else None
+    return Travelled(server.final, server.taps, seconds, server.sent, averaged)
 
 
 def replay(
@@ -221,6 +223,7 @@ class Server:
         self.final: Tensors = {}
         self.began: list[float] = []  # when each training round did, and when the last one ended
         self.sent: list[int] = []  # bytes of all replies of each training round
+        self.average = Average(job.ema, state(site.model)) if job.ema else None
 
     @property
     def app(self) -> ServerApp:
@@ -244,6 +247,8 @@ class Server:
             tap.exchange(tap.asking(arrays, job.rounds))
         load(self.site.model, _tensors(arrays) | tap.buffers)
         self.final = state(self.site.model)
+        if self.average and job.rounds:
+            self.average.take(self.final)
 
 
 def _strategy(job: Job) -> strategy.Strategy:
@@ -327,6 +332,8 @@ class Tap(Grid):
         replies = self._deliver([*outgoing, *probes], round, trainees + targets)
         trained, probed = replies[: len(outgoing)], replies[len(outgoing) :]
         load(self.model, _tensors(arrays) | self.buffers)  # what was sent
+        if self.server.average and 0 < round < job.rounds:
+            self.server.average.take(state(self.model))
         if attacked:
             updates = [self._update(reply, self.model) for reply in trained]
             answers = [self._update(*pair) for pair in zip(probed, targets, strict=True)]

@@ -52,6 +52,7 @@ class Kept:
     accuracy: float  # on the test split, in [0, 1]
     seconds: float  # that the federation took where it was trained
     run: str  # the folder of the run that trained it
+    averaged: float | None = None  # accuracy of the average of all rounds' weights, if taken
 
 
 def made(job: Job, dataset: Dataset, device: str, attack: type) -> Made:
@@ -75,6 +76,7 @@ def made(job: Job, dataset: Dataset, device: str, attack: type) -> Made:
         "clients": job.clients,
         "rounds": job.rounds,
         "seed": job.seed,
+        "ema": job.ema,
         "attack_rounds": sorted(job.attack_rounds),
         "device": device,
         "versions": records.versions(),
@@ -189,6 +191,8 @@ class Store:
         """Whole or not at all; a name of its own first, should another process write it too."""
         course = kept.trajectory
         tensors = {f"final {name}": tensor for name, tensor in course.final.items()}
+        for name, tensor in (course.averaged or {}).items():
+            tensors[f"averaged {name}"] = tensor
         for round, sent in course.sent.items():
             tensors |= {f"{round} {name}": tensor for name, tensor in sent.items()}
         about = {
@@ -197,7 +201,7 @@ class Store:
             "rounds": sorted(course.sent),
             "written": time.time(),
             **{k: getattr(course, k) for k in ("seconds_per_round", "sent_bytes")},
-            **{k: getattr(kept, k) for k in ("accuracy", "seconds", "run")},
+            **{k: getattr(kept, k) for k in ("accuracy", "seconds", "run", "averaged")},
         }
         half = path.with_name(f"{path.stem}-{os.urandom(8).hex()}.half")
         try:
@@ -228,8 +232,9 @@ def _kept(tensors: Tensors, about: dict[str, Any]) -> Kept:
         state("final "),
         about["seconds_per_round"],
         about["sent_bytes"],
+        state("averaged ") or None,
     )
-    return Kept(course, about["accuracy"], about["seconds"], about["run"])
+    return Kept(course, *(about[k] for k in ("accuracy", "seconds", "run", "averaged")))
 
 
 # ---- the command line

@@ -30,6 +30,7 @@ from fedsec.data import Dataset, Split
 from fedsec.defense import Defense
 from fedsec.federation import (
     STRATEGIES,
+    Average,
     ClientFailed,
     Federation,
     Job,
@@ -551,3 +552,61 @@ except Refused as refused:
     )  # fmt: skip
     assert done.stdout.startswith("federation.engine: cannot start in a process that runs Ray")
     assert done.stdout.strip().endswith("True")
+
+
+# The average of the global weights
+
+
+def final(rounds: int, **changes) -> dict[str, torch.Tensor]:
+    todo = job(rounds=rounds, attack_rounds=(0,), **changes)
+    return flower_state(federate(todo, todo.dataset.load(), lambda *_: None).model)
+
+
+def flower_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: t.detach().clone() for k, t in model.state_dict().items()}
+
+
+def averaged(decays, models) -> dict[str, torch.Tensor]:
+    """The dumb twin, from the models after 0, 1, 2... rounds."""
+    first, *later = models
+    kept = dict(first)
+    for decay, new in zip(decays, later, strict=True):
+        kept = {
+            k: decay * kept[k] + (1 - decay) * t if t.is_floating_point() else t
+            for k, t in new.items()
+        }
+    return kept
+
+
+def test_the_average_is_that_of_the_models_after_each_round_and_changes_none_of_them():
+    models = [final(rounds) for rounds in range(4)]
+    todo = job(rounds=3, attack_rounds=(0, 3), ema=0.15)
+    found = federate(todo, todo.dataset.load(), lambda *_: None)
+    assert found.averaged is not None
+    for name, tensor in flower_state(found.model).items():
+        assert torch.equal(tensor, models[3][name]), name
+    right = averaged((1 / 10, 0.15, 0.15), models)  # warm-up: 1/10, 2/11, 3/12
+    wrong = averaged((0.15, 0.15, 0.15), models)  # the broken twin: no warm-up
+    apart = 0.0
+    for name, tensor in flower_state(found.averaged).items():
+        torch.testing.assert_close(tensor, right[name], msg=name)
+        apart = max(apart, float((tensor - wrong[name]).abs().max()))
+    assert apart > 1e-4
+    assert found.training == federate(job(rounds=3, attack_rounds=(0, 3)), todo.dataset.load(),
+                                      lambda *_: None).training  # fmt: skip
+
+
+def test_the_average_forgets_its_start_as_fast_as_the_warm_up_says():
+    average = Average(0.999, {"w": torch.ones(1)})
+    for t in range(1, 50):
+        average.take({"w": torch.zeros(1)})
+        share = np.prod([(1 + s) / (10 + s) for s in range(t)])
+        assert float(average.weights["w"]) == pytest.approx(share, rel=1e-4)
+    for _ in range(20000):
+        average.take({"w": torch.ones(1)})
+    assert float(average.weights["w"]) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_without_a_decay_there_is_no_average():
+    todo = job(rounds=1, attack_rounds=(0,))
+    assert federate(todo, todo.dataset.load(), lambda *_: None).averaged is None

@@ -186,6 +186,12 @@ class Group:
         return _over_seeds(self.runs, "control_accuracy" if self.control else "accuracy")
 
     @cached_property
+    def averaged(self) -> Estimate:
+        """Accuracy of the weights averaged over the rounds, where a run measured it."""
+        field = "averaged_accuracy"
+        return _over_seeds(self.runs, f"control_{field}" if self.control else field)
+
+    @cached_property
     def lost(self) -> Estimate:
         if self.control:
             return Estimate(0.0, None, None, 0, 0)

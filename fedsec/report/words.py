@@ -435,6 +435,14 @@ def _leak_sentence(lead: str, group: Group) -> str:
 
 
 def _price(group: Group, whose: str) -> str:
+    said = [_accuracy_sentence(group, whose)]
+    if group.averaged.mean is not None:
+        reached = " ".join(_cell(group.averaged, 1, 100.0))
+        said.append(f"With weights averaged over the rounds it is {reached} %{whose}.")
+    return " ".join(filter(None, said))
+
+
+def _accuracy_sentence(group: Group, whose: str) -> str:
     after, lost = group.accuracy.mean, group.lost.mean
     if after is None or lost is None:
         return ""
