@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsec.checks import Refused, require
 from fedsec.privacy import Mechanism
@@ -166,6 +166,14 @@ class Defense:
     def mask(self, update: Update) -> Tensors | None:
         """Which entries of a sent update are worth comparing; None: all."""
         return None
+
+    def hidden(self, model: nn.Module, sent: Tensors, inputs: Tensor) -> Tensors:
+        """What random layers drew for `inputs`, as far as `sent` tells: starts of a search for it.
+
+        By name of the buffer that holds it in `model`, as logits of shares in [0, 1]. `sent` is one
+        update, of which nothing but the length was changed.
+        """
+        return {}
 
     def noise(self, local: Local) -> tuple[float, float]:
         """Deviations of the Gaussian and of the Laplace noise on an entry of an update.
@@ -358,6 +366,14 @@ class Compose(Defense):
         masks = [mask for mask in own if mask is not None]
         return reduce(_both, masks) if masks else None
 
+    def hidden(self, model: nn.Module, sent: Tensors, inputs: Tensor) -> Tensors:
+        """That of a part to whose updates others do no more than to scale them."""
+        telling = [p for p in self.parts if type(p).hidden is not Defense.hidden]
+        rest = [p for p in self.parts if p not in telling]
+        if len(telling) != 1 or any(_draws(p) or _alters(p) for p in rest):
+            return {}
+        return telling[0].hidden(model, sent, inputs)
+
     def noise(self, local: Local) -> tuple[float, float]:
         """Not known where entries are rounded at random, or changed when noise is in them."""
         # the rounding before a mask is noise of its own, in what `noise` says
@@ -431,6 +447,13 @@ def _drops(part: Defense) -> bool:
 def _changes(part: Defense) -> bool:
     """Whether entries of an update that it sends are other than they came."""
     return type(part).expected is not Defense.expected and not _drops(part)
+
+
+def _alters(part: Defense) -> bool:
+    """Whether it makes of a gradient, or an update, more than a multiple of it."""
+    hooks = ("gradients", "perturb", "update", "seal")
+    own = any(getattr(type(part), hook) is not getattr(Defense, hook) for hook in hooks)
+    return own and part.turns
 
 
 def parts(defense: Defense) -> Sequence[Defense]:

@@ -52,13 +52,15 @@ def simulate(
     targets: Float[Tensor, "b k"],
     local: Local,
     per_example: PerExample | None = None,
+    drawn: Tensors | None = None,
 ) -> Tensors:
     """The update that a client with this batch would send, differentiable in both arguments.
 
     One gradient of the mean loss, or weights before - after `local.steps` steps over consecutive
     chunks of the batch; with `local.parts`, the mean over clients that hold consecutive parts of
     it. Works on one lane; `vmap` it for several. The model is not changed. `per_example` is what a
-    client does with each example's gradient before it takes the mean.
+    client does with each example's gradient before it takes the mean; `drawn` are buffers of random
+    layers, for what they drew in its one step.
     """
     if local.parts:
         alone = replace(local, parts=())
@@ -73,7 +75,7 @@ def simulate(
     before = {k: p.detach() for k, p in model.named_parameters()}
 
     def loss(weights: Tensors, x: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(model, weights, (x,)), t)
+        return F.cross_entropy(functional_call(model, weights | (drawn or {}), (x,)), t)
 
     def gradient_at(weights: Tensors, x: Tensor, t: Tensor) -> Tensors:
         if per_example is None:
@@ -364,6 +366,7 @@ def judged(
     """The objective of `search` at images in [0, 1] that something else found."""
     lanes = _Lanes(seen, targets, replace(search, restarts=1, half=0.0))
     x = ((images.to(lanes.mean) - lanes.mean) / lanes.std).flatten(1)
+    x = torch.cat([x, lanes.starts], 1)
     loss, _ = lanes.objective(lanes.boxed(x), torch.arange(len(x), device=x.device))
     return loss.detach()
 
@@ -371,7 +374,8 @@ def judged(
 def step_gflop(seen: Observation, targets: Float[Tensor, "v b k"], search: Search) -> float:
     """GFLOP of one step of one lane, as records count it."""
     lanes = _Lanes(seen, targets, replace(search, half=0.0))
-    x = torch.zeros(1, lanes.pixels + int(search.surrogate), dtype=lanes.dtype)
+    width = lanes.pixels + int(search.surrogate) + lanes.starts.shape[1]
+    x = torch.zeros(1, width, dtype=lanes.dtype)
     return lanes.counted(x.to(lanes.device))
 
 
@@ -526,6 +530,8 @@ class _Lanes:
         with torch.no_grad():
             probe = torch.zeros(2, *seen.shape, device=self.device, dtype=self.dtype)
             self.classes = self.model(probe).shape[1]
+        self.drawn: dict[str, torch.Size] = {}  # what is looked for besides images, in its order
+        self.starts = self._hidden(seen)
         large = sum(p.numel() for p in self.model.parameters()) >= LARGE
         single = self.image[0] == 1 and self.victims * search.restarts <= LANES
         faster = [columns.kinds(self.dtype)] if large and single else []
@@ -551,6 +557,21 @@ class _Lanes:
         if clips(defense) and not one_scaled:
             self.per_example = defense.per_example
 
+    def _hidden(self, seen: Observation) -> Float[Tensor, "v w"]:
+        """Where a search for the draws of random layers begins; empty where none are looked for."""
+        none = torch.zeros(self.victims, 0, device=self.device, dtype=self.dtype)
+        known = "defense" in seen.grants and self.one_gradient and self.per_example is None
+        if not known or self.search.surrogate:
+            return none
+        sent, inputs = seen.sent.tensors, torch.zeros(self.image).to(none)
+        each = [
+            seen.defense.hidden(self.model, {k: t[v] for k, t in sent.items()}, inputs)
+            for v in range(self.victims)
+        ]
+        self.drawn = {name: start.shape for name, start in each[0].items()}
+        rows = [[start.flatten() for start in starts.values()] for starts in each]
+        return torch.stack([torch.cat(row) for row in rows]) if self.drawn else none
+
     def begin(self, rngs: Sequence[torch.Generator]) -> Float[Tensor, "l d"]:
         """Standard normal pixels (and label logits); a victim's restarts are consecutive rows."""
         assert len(rngs) == self.victims, "one stream for each victim"
@@ -566,6 +587,7 @@ class _Lanes:
         x = torch.cat([pixels.flatten(1), x[:, self.pixels :]], 1)
         if self.search.surrogate:
             x = torch.cat([x, x.new_zeros(len(x), 1)], 1)
+        x = torch.cat([x, self.starts.repeat_interleave(self.search.restarts, 0)], 1)
         self.gflop_step = self.counted(x[:1])
         return self.boxed(x)
 
@@ -582,7 +604,7 @@ class _Lanes:
     @property
     def altered(self) -> bool:
         """Whether what is compared is not the update itself, for which only autograd has a way."""
-        return self.search.surrogate or self.per_example is not None
+        return self.search.surrogate or self.per_example is not None or bool(self.drawn)
 
     def images(self, x: Tensor) -> Float[Tensor, "l b c h w"]:
         """Rows -> images in [0, 1] units."""
@@ -727,9 +749,17 @@ class _Lanes:
             share = (0.5 + x[-1] / 100).clamp(0, 1)  # a step is a hundredth of one in pixels
             update = surrogate(self.model, images, targets, observed, share)
         else:
-            update = simulate(self.model, images, targets, self.local, self.per_example)
+            drawn = self._drawn(x)
+            update = simulate(self.model, images, targets, self.local, self.per_example, drawn)
         loss = self.distance(update, observed)
         return loss + self._prior(pixels, told) if self.search.priors else loss
+
+    def _drawn(self, x: Float[Tensor, " d"]) -> Tensors:
+        """One lane's belief of what random layers drew."""
+        sizes = [shape.numel() for shape in self.drawn.values()]
+        each = x[len(x) - sum(sizes) :].sigmoid().split(sizes) if sizes else ()
+        pairs = zip(self.drawn.items(), each, strict=True)
+        return {name: row.view(shape) for (name, shape), row in pairs}
 
     def _plain_step(self, x: Tensor) -> None:
         """The first lane's step as a plain double backward, so that its arithmetic can be counted.

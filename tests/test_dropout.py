@@ -11,15 +11,21 @@ from test_defenses import batch_of
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from defenses.clip import Clip
 from defenses.dropout import Drop, Dropout
+from defenses.noise import Noise
 from defenses.precode import Precode
+from defenses.prune import Prune
+from defenses.sign import Sign
 from fedsec.checks import Refused
 from fedsec.client import Gradient, client_streams, local_update, mean_gradient
 from fedsec.data import Photos
-from fedsec.defense import Compose
+from fedsec.defense import Compose, Defense
+from fedsec.engine import judged, simulate, spectral
 from fedsec.federation import Federation, Job, federate
 from fedsec.models import MLPSpec, ViTSpec, drawing, norm_stats
 from fedsec.rng import stream
+from fedsec.threat import ThreatModel
 from fedsec.types import Local
 
 LOCAL = Local("gradient", 0.1, 1, 0)
@@ -144,3 +150,77 @@ def test_values_out_of_range_are_refused(rate):
     with pytest.raises(Refused) as refusal:
         replace(Dropout(rate=0.5), rate=rate)
     assert refusal.value.key == "rate"
+
+
+# What a knowing adversary reads off an update
+
+
+def explains(found: dict[str, torch.Tensor], model, batch, sent) -> bool:
+    """Whether the batch causes the update that was sent if layers drew `found`."""
+    drawn = {name: logits.sigmoid().round() for name, logits in found.items()}
+    again = simulate(model, batch.images, batch.targets, LOCAL, None, drawn)
+    return all(torch.allclose(again[k], sent[k], atol=1e-12) for k in sent)
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.7])
+def test_one_images_draws_are_read_off_the_zero_columns(rate):
+    defense = Dropout(rate=rate)
+    model, batch = mlp(defense), batch_of(1)
+    sent = local_update(model, [batch], defense, LOCAL, client_streams(0, 0, 0), 1)[0].tensors
+    found = defense.hidden(model, sent, torch.zeros_like(batch.images))
+    assert [tuple(t.shape) for t in found.values()] == [(1, 40), (1, 30)]
+    assert explains(found, model, batch, sent)
+    assert not explains({}, model, batch, sent)  # nobody's draws: nothing dropped
+    other = {k: t.roll(1, -1) for k, t in found.items()}  # the broken twin: its neighbour's
+    assert not explains(other, model, batch, sent)
+
+
+def test_of_a_batch_only_what_all_images_lack_is_certain():
+    defense = Dropout(rate=0.5)
+    model, batch = mlp(defense), batch_of(4)
+    sent = local_update(model, [batch], defense, LOCAL, client_streams(0, 0, 0), 4)[0].tensors
+    for name, logits in defense.hidden(model, sent, torch.zeros_like(batch.images)).items():
+        weight = sent[f"{name.removesuffix('drop.kept')}linear.weight"]
+        dead = (weight == 0).all(0)
+        assert dead.any()
+        assert not dead.all()
+        assert (logits[:, dead] < -10).all()
+        chance = 0.5 / (1 - 0.5**4)  # of each image, given that one of the four has it
+        assert torch.allclose(logits[:, ~dead].sigmoid(), torch.tensor(chance).to(logits))
+
+
+def test_draws_are_told_only_where_no_other_part_makes_zeros_or_noise():
+    defense = Dropout(rate=0.5)
+    model, batch = mlp(defense), batch_of(1)
+    sent = local_update(model, [batch], defense, LOCAL, client_streams(0, 0, 0), 1)[0].tensors
+    alone = defense.hidden(model, sent, batch.images)
+
+    def told(*others) -> dict[str, torch.Tensor]:
+        return Compose((defense, *others)).hidden(model, sent, batch.images)
+
+    assert told().keys() == told(Clip(norm=1.0)).keys() == alone.keys()
+    assert not told(Prune(ratio=0.5, scope="tensor"))
+    assert not told(Noise(std=0.1, distribution="gaussian"))
+    assert not told(Sign(scale="mean"))
+    assert not Defense().hidden(model, sent, batch.images)
+
+
+def test_the_true_images_are_the_best_match_only_with_the_draws():
+    """The search's objective, at the private image and at another."""
+    photos = Photos(size=16, per_class=4).load()
+    split = Federation(engine="inline", strategy="fedavg", split="iid", alpha=0.5, shards=2)
+    job = Job(
+        dataset=None, model=MLPSpec(hidden=(20, 20), norm="none"), defense=Dropout(rate=0.5),
+        client=Gradient(lr=0.1, batch=4), federation=split, clients=1, rounds=0, seed=0,
+        attack_rounds=(0,), probes=((0, (0,)),),
+    )  # fmt: skip
+    (exchange,) = federate(job, photos, lambda *_: None).exchanges
+    search = spectral(steps=1, lr=1.0, priors=())
+
+    def at_truth(*more: str) -> float:
+        grants = ("model", "update", "count", "shape", "labels", "local", *more)
+        seen = ThreatModel(name="some", grants=grants).observe([exchange])
+        return float(judged(seen, seen.labels, search, exchange.batch.images[None]))
+
+    assert at_truth("defense") < 1e-5
+    assert at_truth() > 0.1
