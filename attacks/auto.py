@@ -37,6 +37,7 @@ class Auto(Attack):
 
     budget: float  # backprop equivalents for each attacked update, > 0
 
+    private = True  # of its stages those that are not have it undone
     needs = frozenset({"model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):

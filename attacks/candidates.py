@@ -35,6 +35,7 @@ class Candidates(Attack):
 
     classes: int  # labels tried with each candidate, the likeliest by the output's gradient, >= 1
 
+    private = True
     needs = frozenset({"candidates", "model", "update", "count", "shape"})
 
     def __post_init__(self):

@@ -36,6 +36,7 @@ class LTI(Attack):
     batch: int  # updates in one of them, >= 1
     lr: float  # of Adam at first, > 0
 
+    private = True
     needs = frozenset({"aux", "model", "update|aggregate", "count", "shape"})
 
     def __post_init__(self):

@@ -35,6 +35,7 @@ class Unmix(Attack):
     smooth: float  # of that of sources, >= 0
     starts: int  # pixels from which the signs of InstaHide are solved, >= 1
 
+    private = True
     needs = frozenset({"model", "update", "count", "shape", "defense"})
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,15 +36,17 @@ class ATS(Defense):
     CIFAR-100 on ResNet20. Targets stay as they are. Their code transforms after random crops and
     flips, which are not done here.
 
-    Guarantee: none. Adaptive attack: none; attacks find the transformed images, which are compared
-    with the private ones, so that a shift alone lowers every score. Undoing shift and contrast
-    first is not implemented: what is measured against this defense is no worst case. Known break:
-    Balunovic et al., "Bayesian framework for gradient leakage", ICLR 2022, early in training.
+    Guarantee: none. Adaptive attack: attacks find the transformed images, and take back what gave
+    them: of all policies and signs the one that, applied to what it leads back to, comes closest
+    (`undone`). The black that came in, and what contrast made of it, tell; what was shifted out is
+    lost, and becomes the mean colour. Known break: Balunovic et al., "Bayesian framework for
+    gradient leakage", ICLR 2022, early in training.
     """
 
     policies: tuple[str, ...]  # numbers of TRANSFORMS, joined by "-"
 
     random = True
+    undoes = True
 
     def __post_init__(self):
         require(len(self.policies) > 0, "policies", "must name at least one", self.policies)
@@ -62,14 +65,35 @@ class ATS(Defense):
         ]
         return replace(batch, images=torch.stack(images))
 
+    def undone(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Each taken back by the policy and signs that, applied to that again, give it best."""
+        chances = [
+            (policy, signs)
+            for policy in self.policies
+            for signs in itertools.product((1, -1), repeat=policy.count("-") + 1)
+        ]
+
+        def likeliest(image: Tensor) -> Tensor:
+            found = [(taken_back(image, *chance), chance) for chance in chances]
+            apart = [(applied(was, *c) - image).square().sum() for was, c in found]
+            return found[int(torch.stack(apart).argmin())][0]
+
+        return torch.stack([likeliest(image) for image in images])
+
 
 def transformed(
     image: Float[Tensor, "c h w"], policy: str, rng: torch.Generator
 ) -> Float[Tensor, "c h w"]:
     """The image after the policy's transformations, each with a sign of its own."""
-    for number in policy.split("-"):
+    signs = tuple(1 - 2 * int(torch.randint(2, (), generator=rng)) for _ in policy.split("-"))
+    return applied(image, policy, signs)
+
+
+def applied(
+    image: Float[Tensor, "c h w"], policy: str, signs: tuple[int, ...]
+) -> Float[Tensor, "c h w"]:
+    for number, sign in zip(policy.split("-"), signs, strict=True):
         kind, size = TRANSFORMS[int(number)]
-        sign = 1 - 2 * int(torch.randint(2, (), generator=rng))
         if kind == "contrast":
             grey = brightness(image).mean()
             image = (grey + (1 + sign * size) * (image - grey)).clamp(0, 1)
@@ -77,6 +101,24 @@ def transformed(
             axis = {"down": -2, "across": -1}[kind]
             image = shifted(image, sign * round(size * image.shape[axis]), axis)
     return image
+
+
+def taken_back(
+    image: Float[Tensor, "c h w"], policy: str, signs: tuple[int, ...]
+) -> Float[Tensor, "c h w"]:
+    """What was transformed into the image, where it still shows, and its mean colour elsewhere."""
+    known = torch.ones_like(image)
+    for number, sign in reversed([*zip(policy.split("-"), signs, strict=True)]):
+        kind, size = TRANSFORMS[int(number)]
+        if kind == "contrast":  # which keeps the mean brightness, but for what it clips
+            grey = brightness(image).mean()
+            image = (grey + (image - grey) / (1 + sign * size)).clamp(0, 1)
+        else:
+            axis = {"down": -2, "across": -1}[kind]
+            by = -sign * round(size * image.shape[axis])
+            image, known = shifted(image, by, axis), shifted(known, by, axis)
+    mean = (image * known).sum((1, 2)) / known.sum((1, 2)).clamp_min(1)
+    return torch.where(known > 0, image, mean[:, None, None])
 
 
 def brightness(image: Float[Tensor, "c h w"]) -> Float[Tensor, "h w"]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsec.threat import Observation, ThreatModel
-from fedsec.types import Exchange, Reconstruction, Tensors
+from fedsec.types import Exchange, Reconstruction, Stage, Tensors
 
 Told = Callable[[int, int, float], None]  # steps done, steps in all, current mean objective
 
@@ -46,6 +47,7 @@ class Attack:
     """
 
     needs: ClassVar[frozenset[str]]  # facts; "update|aggregate" means either
+    private = False  # finds private images, not those that a defense made of them for the loss
     labels = "auto"  # how withheld ones are recovered; some attacks have a field of this name
 
     @property
@@ -87,6 +89,16 @@ class Attack:
         others by its `queries`.
         """
         return (model,)
+
+
+Found = TypeVar("Found", Reconstruction, Stage)
+
+
+def undone(found: Found, seen: Observation) -> Found:
+    """With what a known defense did to the images, before the loss saw them, taken back."""
+    if "defense" not in seen.grants or not seen.defense.undoes:
+        return found
+    return replace(found, images=torch.stack([seen.defense.undone(each) for each in found.images]))
 
 
 def crafted(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from fedsec.checks import Refused, require
@@ -61,6 +62,7 @@ class Defense:
     bounds = False  # its guarantee holds only if no later part changes the update
     sums = False  # clients send changes, also under client=fedavg; the server has their sum alone
     rereads = False  # `perturb` looks at the private batch again
+    undoes = False  # `undone` is not the identity
     layers = False  # `mask` names whole layers, which noise does not bring back
 
     def architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
@@ -166,6 +168,10 @@ class Defense:
     def mask(self, update: Update) -> Tensors | None:
         """Which entries of a sent update are worth comparing; None: all."""
         return None
+
+    def undone(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """The private images behind those that the loss saw, as far as they can be told."""
+        return images
 
     def hidden(self, model: nn.Module, sent: Tensors, inputs: Tensor) -> Tensors:
         """What random layers drew for `inputs`, as far as `sent` tells: starts of a search for it.
@@ -274,6 +280,10 @@ class Compose(Defense):
     def rereads(self) -> bool:  # type: ignore[override]
         return any(p.rereads for p in self.parts)
 
+    @property
+    def undoes(self) -> bool:  # type: ignore[override]
+        return any(p.undoes for p in self.parts)
+
     def architecture(self, model: nn.Module, rng: torch.Generator) -> nn.Module:
         for part in self.parts:
             model = part.architecture(model, _own(rng, part))
@@ -365,6 +375,11 @@ class Compose(Defense):
         own = [p.mask(update) for p, _, covered in self._order() if p.layers or not covered]
         masks = [mask for mask in own if mask is not None]
         return reduce(_both, masks) if masks else None
+
+    def undone(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        for part in reversed(self.parts):
+            images = part.undone(images)
+        return images
 
     def hidden(self, model: nn.Module, sent: Tensors, inputs: Tensor) -> Tensors:
         """That of a part to whose updates others do no more than to scale them."""

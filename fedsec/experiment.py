@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsec import cost, labels, match, metrics, process, records, report, resume
-from fedsec.attack import Attack, Told, crafted
+from fedsec.attack import Attack, Told, crafted, undone
 from fedsec.checks import Refused, require
 from fedsec.client import draw, schedule
 from fedsec.config import Settings, difference
@@ -469,6 +469,7 @@ class _Run:
         with cost.Clock(self.plan.device) as clock:
             observation = self.settings.threat.observe(stack)
             found = self.settings.attack(observation, rngs, progress)
+            found = found if self.settings.attack.private else undone(found, observation)
         seconds = progress.earlier + clock.seconds
         unread = frozenset(observation.unread)
         attacked = _Attacked(stack, found, seconds, clock.peak_mb, clock.reasons, unread)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from fedsec import cost, engine, labels, priors
-from fedsec.attack import Attack, Place, Progress, Told
+from fedsec.attack import Attack, Place, Progress, Told, undone
 from fedsec.checks import Refused
 from fedsec.defense import Defense, clips
 from fedsec.likelihood import Misfit
@@ -125,6 +125,7 @@ class Race:
         v = len(rngs)
         self.steps = torch.zeros(v, dtype=torch.long)
         self.spent = torch.zeros(v, dtype=torch.float64)
+        self.private = {"labels"}  # stages that found no image that a defense had changed
         self.flags: list[list[tuple[str, ...]]] = []  # of each stage, of each victim
         self.blank: list[float] = []  # nats of the misfit of grey images, where noise is known
         everybody = list(range(v))
@@ -175,6 +176,8 @@ class Race:
         self.steps[list(victims)] += found.steps
         for v, curve in zip(victims, found.curve.double(), strict=False):  # none: no search
             self.curves[v, len(self.stages)] = curve
+        if isinstance(attack, Attack) and attack.private:
+            self.private.add(name)
         flags = list(found.flags) or [()] * len(victims)
         # where images are mixed, a source causes another update than what the loss was told
         own = "defense" in seen.grants and seen.defense.mixes
@@ -265,6 +268,8 @@ class Race:
         """Of each victim the certified reconstruction, or else the one with the least objective."""
         pick = chosen(self.stages)
         rows = range(len(self.rngs))
+        # they were judged by what they cause, and shown as what they were made of
+        self.stages = [s if s.name in self.private else undone(s, self.seen) for s in self.stages]
         images = torch.stack([self.stages[s].images[v] for v, s in zip(rows, pick, strict=True)])
         named = torch.stack([self.stages[s].labels[v] for v, s in zip(rows, pick, strict=True)])
         loss = torch.stack([self.stages[s].loss[v] for v, s in zip(rows, pick, strict=True)])
