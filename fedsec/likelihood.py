@@ -83,7 +83,9 @@ class Misfit:
         for name, sent in self.sent.items():
             apart = clean[name] - sent
             apart = apart.abs() if self.absolute else apart.square()
-            total = total.to(apart.device) + apart.flatten(1).sum(1, dtype=torch.float64)
+            total = total.to(apart.device) + apart.reshape(len(apart), -1).sum(
+                1, dtype=torch.float64
+            )
         return self.scale * total
 
 
@@ -97,7 +99,7 @@ def _times(factors: Float[Tensor, " n"], tensor: Tensor) -> Tensor:
 
 def _dot(one: Tensors, other: Tensors) -> Float[Tensor, " n"]:
     """Inner products over all parameters, in double; both are [n, *parameter]."""
-    parts = [(one[k] * other[k]).flatten(1).sum(1, dtype=torch.float64) for k in one]
+    parts = [(one[k] * other[k]).reshape(_len(one), -1).sum(1, dtype=torch.float64) for k in one]
     return torch.stack(parts).sum(0)
 
 
