@@ -9,11 +9,12 @@ import torch
 from test_defenses import DP, Scaled, batch_of, flat
 from torch.nn.functional import cross_entropy
 
-from defenses.censor import Censor, orthogonal
+from defenses.censor import Censor, nearest, orthogonal
 from defenses.dpsgd import DPSGD
 from fedsec.checks import Refused
 from fedsec.client import client_streams, local_update, mean_gradient
-from fedsec.defense import Compose, Defense
+from fedsec.defense import Compose, Defense, matched
+from fedsec.likelihood import Misfit
 from fedsec.models import ConvNetSpec
 from fedsec.rng import stream
 from fedsec.types import Batch, Local
@@ -139,3 +140,37 @@ def test_what_cannot_be_is_refused():
         with pytest.raises(Refused) as refusal:
             Censor(**fields)
         assert refusal.value.key == key
+
+
+# What an adversary who knows it can still compare
+
+
+@pytest.mark.parametrize("lr", [1.0, 0.05])
+def test_the_private_gradient_explains_what_was_sent_and_another_does_not(model, lr):
+    batch, other = batch_of(3), batch_of(3, seed=5)
+    gradient, another = mean_gradient(model, batch), mean_gradient(model, other)
+    sent = CENSOR.perturb(model, batch, gradient, 0, stream(0))
+    scaled = [{k: lr * t for k, t in each.items()} for each in (gradient, another, sent)]
+    misfit = Misfit(scaled[2], LOCAL, CENSOR)
+    one, two = (float(misfit({k: t[None] for k, t in g.items()})) for g in scaled[:2])
+    assert one < 1e-12
+    assert two > 1e-3
+    # the broken twin, which compares the gradient itself, prefers nobody
+    naive = Misfit(scaled[2], LOCAL, None)
+    assert float(naive({k: t[None] for k, t in scaled[0].items()})) > 0.9
+
+
+def test_the_nearest_outcome_is_an_outcome_and_no_drawn_one_is_nearer():
+    torch.manual_seed(0)
+    gradient, sent = torch.randn(5, dtype=torch.double), torch.randn(5, dtype=torch.double)
+    found = nearest(gradient, sent)
+    assert abs(float(gradient @ found)) < 1e-12
+    assert math.isclose(found.norm(), gradient.norm(), rel_tol=1e-12)
+    drawn = [orthogonal(gradient, stream(3, i)) for i in range(2000)]
+    assert min((d - sent).norm() for d in drawn) >= (found - sent).norm() - 1e-12
+    assert not nearest(torch.ones(1), torch.ones(1)).any()
+
+
+def test_a_match_of_pixels_does_not_go_through_it():
+    assert matched(CENSOR, LOCAL) is None
+    assert CENSOR.expected({"one": torch.ones(2)})["one"].equal(torch.ones(2))
