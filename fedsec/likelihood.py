@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional as F
 
-from fedsec.defense import Defense, clips
+from fedsec.defense import Defense, clips, parts
 from fedsec.engine import simulate
 from fedsec.models import last_linear
 from fedsec.threat import Observation
@@ -53,12 +53,13 @@ class Misfit:
     Squared error for Gaussian noise (and for a mix with Laplace, by their variance), absolute error
     for Laplace noise. `nats` is False where no noise is known of: then it is the squared error over
     the square of what is compared of the sent update. An unknown defense may have changed the
-    length of the update, so that clean ones are scaled to fit first: it is one minus the squared
-    cosine similarity.
+    length of the update, and so may one that scales all of it by the length of layers that carry
+    draws, so that clean ones are scaled to fit first: it is one minus the squared cosine
+    similarity.
     """
 
     def __init__(self, sent: Tensors, local: Local, defense: Defense | None):
-        self.known = defense is not None
+        self.sized = defense is not None and not _lengthless(defense)
         defense = defense or Defense()
         self.mask = defense.mask(Update(sent, {}, 0))
         self.expected = defense.expected
@@ -74,7 +75,7 @@ class Misfit:
         rows = [{k: t[i] for k, t in clean.items()} for i in range(_len(clean))]
         each = [self.expected(row, self.sent) for row in rows]
         clean = {k: torch.stack([e[k] for e in each]) for k in clean}
-        if not self.known:
+        if not self.sized:
             fit = _dot(clean, {k: t[None] for k, t in self.sent.items()}) / _dot(
                 clean, clean
             ).clamp_min(1e-300)
@@ -87,6 +88,12 @@ class Misfit:
                 1, dtype=torch.float64
             )
         return self.scale * total
+
+
+def _lengthless(defense: Defense) -> bool:
+    """Whether what is compared is scaled by a length that nobody knows."""
+    every = parts(defense)
+    return any(part.layers for part in every) and not all(part.turns for part in every)
 
 
 def _len(tensors: Tensors) -> int:

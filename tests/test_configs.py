@@ -32,12 +32,7 @@ from fedsec.types import Batch, Exchange, Local, Reconstruction, Update
 
 LEAST = {"attack": 4, "defense": 6, "threat": 4, "client": 2, "data": 8, "model": 8,
          "federation": 2}  # fmt: skip
-OTHER = {
-    "assumption",
-    "study",
-    "sweep",
-    "hydra",
-}  # folders whose files are words for Hydra, not classes
+OTHER = {"assumption", "study", "sweep", "hydra"}  # whose files are words for Hydra, not classes
 FILES = sorted(p for p in CONFIGS.glob("*/*.yaml") if p.parent.name not in OTHER)
 CLASSES = [p for p in FILES if p.stem != "composed"]  # a list of defenses fills that one in
 

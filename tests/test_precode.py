@@ -16,7 +16,7 @@ from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
 from defenses.precode import BOTTLENECK, Bottleneck, Precode, priced
 from defenses.prune import Prune
-from fedsec import engine
+from fedsec import engine, likelihood
 from fedsec.checks import Refused
 from fedsec.client import Gradient, client_streams, local_update, mean_gradient
 from fedsec.data import Photos
@@ -199,3 +199,17 @@ def test_values_out_of_range_are_refused(fields, key):
     with pytest.raises(Refused) as refusal:
         Precode(**fields)
     assert refusal.value.key == key
+
+
+def test_behind_a_clip_candidates_are_compared_by_direction(monkeypatch):
+    """The clip's length counts layers that drew, so that what is left has any length."""
+    both = Compose((PRECODE, Clip(norm=0.1)))
+    sent = {"one": torch.randn(40, generator=stream(0)), "precode_bottleneck.w": torch.ones(3)}
+    other = torch.randn(40, generator=stream(1))
+    clean = {"one": torch.stack([7 * sent["one"], other]), "precode_bottleneck.w": torch.ones(2, 3)}
+    right, wrong = Misfit(sent, LOCAL, both)(clean).tolist()
+    assert right < 1e-6
+    assert wrong > 0.5
+    monkeypatch.setattr(likelihood, "_lengthless", lambda _: False)  # the broken twin: by length
+    unscaled, _ = Misfit(sent, LOCAL, both)(clean).tolist()
+    assert unscaled > 0.5

@@ -1,4 +1,4 @@
-"""sweep=study: the cells of Huang et al. 2021, each a run that composes and is what its name says."""
+"""sweep=study: the cells of Huang et al. 2021, each composes and is what its name says."""
 
 from __future__ import annotations
 
