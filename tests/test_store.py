@@ -73,6 +73,7 @@ CASES: dict[str, dict] = {
     "same": {"keep_training": True},
     "last round": {"attack_rounds": (0, 2)},
     "adam": {"federation": replace(INLINE, strategy="fedadam"), "attack_rounds": (1,)},
+    "average": {"ema": 0.9},
 }
 
 
@@ -106,6 +107,8 @@ def test_the_exchanges_of_a_known_training_are_those_of_a_fresh_one(data, tmp_pa
         for field in fields(one):
             assert equal(getattr(one, field.name), getattr(two, field.name)), field.name
     assert equal(fresh.model, again.model)
+    assert equal(fresh.averaged, again.averaged)
+    assert (fresh.averaged is not None) == bool(todo.ema)
     assert fresh.training == again.training
     assert (fresh.sent_bytes, fresh.seconds_per_round) == (
         again.sent_bytes,
@@ -158,6 +161,7 @@ DETERMINES = {
     "clients": {"clients": 3},
     "rounds": {"rounds": 3},
     "kept rounds": {"attack_rounds": (0,)},
+    "average": {"ema": 0.9},
     "defense": {"defense": "prune"},
     "its parameter": {"defense": ("prune", "ratio", 0.5)},
     "two defenses": {"defense": Compose((preset("defense", "prune"), preset("defense", "clip")))},
