@@ -2,8 +2,8 @@
 
 Takes the words of `python -m fedsec.run`, or the folder of a run, and audits the claim for the
 client that is worst off: over all its steps, with its own sampler, through the defense's own code
-(`fedsec.audit`). Exit status: 0 the claim is not contradicted, 1 the input was wrong, 2 the claim
-is contradicted, 3 the audit itself failed, 130 interrupted.
+(`fedsec.canaries`). Exit status: 0 the claim is not contradicted, 1 the input was wrong, 2 the
+claim is contradicted, 3 the audit itself failed, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fedsec.checks import Refused, require
 from fedsec.console import Console
 
 if TYPE_CHECKING:
-    from fedsec.audit import Audit
+    from fedsec.canaries import Audit
     from fedsec.config import Settings
     from fedsec.defense import Privacy, Training
 
@@ -73,7 +73,7 @@ def _audit(asked: argparse.Namespace) -> int:
     settings, recorded = _read(asked, console)
     import torch
 
-    from fedsec.audit import audit
+    from fedsec.canaries import audit
 
     torch.set_num_threads(1)
     settings, claim, training, who = _claim(settings)

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from omegaconf import OmegaConf
 
-from fedsec import audit, audit_dp
+from fedsec import audit_dp, canaries
 from fedsec.run import CONFIGS
 
 WORDS = ("clients=2", "client.batch=8", "rounds=3", "images=2", "defense=dpsgd")
@@ -156,7 +156,7 @@ def test_a_failure_of_the_audit_is_no_verdict(ask, monkeypatch):
     def fails(*_):
         raise RuntimeError("the disk is on fire")
 
-    monkeypatch.setattr(audit, "observe", fails)
+    monkeypatch.setattr(canaries, "observe", fails)
     status, out, err = ask()
     assert status == 3
     assert "verdict" not in out

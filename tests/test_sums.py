@@ -23,7 +23,7 @@ from defenses.quantize import Quantize
 from defenses.secagg import RING, SecAgg
 from defenses.sign import Sign
 from defenses.userdp import UserDP
-from fedsec.audit import audit
+from fedsec.canaries import audit
 from fedsec.checks import Refused
 from fedsec.client import client_streams, local_update, mean_update
 from fedsec.defense import Compose, Training

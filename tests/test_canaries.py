@@ -15,9 +15,8 @@ import defenses.dpsgd as dpsgd
 from defenses.dpsgd import DPSGD
 from defenses.noise import Noise
 from defenses.prune import Prune
-from fedsec import audit as audits
 from fedsec import federation
-from fedsec.audit import audit, lower_bound, observe, p_value
+from fedsec.canaries import Audit, audit, lower_bound, observe, p_value
 from fedsec.checks import Refused
 from fedsec.client import FedAvg, Gradient, mean_gradient
 from fedsec.defense import Compose, Privacy, Training
@@ -135,7 +134,7 @@ def test_the_clients_own_sampler_draws_them():
 # Honest mechanisms
 
 
-def claimed(defense, client, rounds: int, examples: int, **more) -> audits.Audit:
+def claimed(defense, client, rounds: int, examples: int, **more) -> Audit:
     """The audit of a defense's own claim."""
     training = Training(rounds * client.local.steps, examples, client.batch)
     claim = defense.privacy(training)
