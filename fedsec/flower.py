@@ -92,7 +92,7 @@ def _serve(server: Server, engine: Callable[[Server, ClientApp], None]) -> None:
     _sites[token] = server.site
     drawn = random.getstate()  # Flower's strategies sample nodes with it
     try:
-        with _silent():
+        with silent():
             engine(server, client_app(server.job, token))
     finally:
         server.stop.set()
@@ -476,7 +476,7 @@ class InlineGrid(Grid):
     Each client has its own Context, each call its own copy of the records (whose bytes are shared).
     """
 
-    def __init__(self, app: ClientApp, clients: int):
+    def __init__(self, app: ClientApp, clients: int, config: Mapping[str, Any] | None = None):
         self.app = app
         self.contexts = {
             1 + i: Context(
@@ -484,7 +484,7 @@ class InlineGrid(Grid):
                 node_id=1 + i,
                 node_config={"partition-id": i, "num-partitions": clients},
                 state=RecordDict(),
-                run_config={},
+                run_config=dict(config or {}),
             )
             for i in range(clients)
         }
@@ -497,10 +497,14 @@ class InlineGrid(Grid):
             ids.append(f"{next(self.ids)}")
             message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do
             context = self.contexts[message.metadata.dst_node_id]
-            reply = self.app(_copied(message), context)
+            reply = self.answer(_copied(message), context)
             reply.metadata.__dict__["_message_id"] = f"reply {ids[-1]}"
             self.replies[ids[-1]] = reply
         return ids
+
+    def answer(self, message: Message, context: Context) -> Message:
+        """What a client makes of a message."""
+        return self.app(message, context)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self.replies.pop(i) for i in message_ids if i in self.replies]
@@ -531,18 +535,20 @@ def _copied(message: Message) -> Message:
         content[name] = ArrayRecord(dict(arrays))
     for name, config in message.content.config_records.items():
         content[name] = ConfigRecord(dict(config))
+    for name, metrics in message.content.metric_records.items():
+        content[name] = MetricRecord(dict(metrics))
     copy = Message(content, meta.dst_node_id, meta.message_type, ttl=meta.ttl)
     copy.metadata.__dict__.update(meta.__dict__)
     return copy
 
 
 def _inline(server: Server, app: ClientApp) -> None:
-    _name_this_process()
+    name_this_process()
     context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
     server.app(InlineGrid(app, server.job.clients), context)
 
 
-def _name_this_process() -> None:
+def name_this_process() -> None:
     """Newer Flower reads a process-wide identity whenever a Message is made."""
     with suppress(ImportError):
         from flwr.supercore.task_identity import TaskIdentity
@@ -584,7 +590,7 @@ def _ray(server: Server, app: ClientApp) -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """No log line of Flower inside: it prints dozens a round, and doubled under Hydra."""
     logger = logging.getLogger("flwr")
     was, logger.disabled = logger.disabled, True
