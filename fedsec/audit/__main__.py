@@ -1,0 +1,413 @@
+"""`python -m fedsec.audit FOLDER`: run somebody's Flower app unchanged, and say what it gives away.
+
+Exit status: 0 done, 1 the input was wrong, 2 the app failed or sent nothing (what was found is
+kept), 3 findings fail the gate (--fail-on, --fail-above), 130 interrupted (likewise kept).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from fedsec import process
+
+if __name__ == "__main__":
+    process.enter()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch loads
+
+from fedsec import __version__, records
+from fedsec.checks import Refused, home_read, require
+from fedsec.console import Console
+
+if TYPE_CHECKING:
+    from fedsec.audit.findings import Accepted, Finding
+    from fedsec.audit.mechanisms import Promise
+    from fedsec.audit.outputs import Result
+    from fedsec.audit.traffic import About, Message, Recording, Traffic
+
+SHOWN = 5  # failures on the console; the files hold all
+QUIET = 5.0  # seconds between two lines of progress
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Refused("command line", f"must be as --help says ({message})")
+
+
+def parser() -> argparse.ArgumentParser:
+    own = _Parser(
+        prog="python -m fedsec.audit",
+        description="Run a Flower app unchanged, and say what its messages give away.",
+        epilog="exit status: 0 done, 1 wrong input, 2 the app failed, 3 the gate, 130 interrupted",
+    )
+    own.add_argument("folder", nargs="?", metavar="FOLDER", help="of the app; default: this one")
+    own.add_argument("--server", default="", metavar="MODULE:APP", help="in place of pyproject's")
+    own.add_argument("--client", default="", metavar="MODULE:APP", help="in place of pyproject's")
+    own.add_argument("--rounds", type=int, default=0, metavar="N",
+                     help="watch so many; default: as many as the app runs")  # fmt: skip
+    own.add_argument("--clients", type=int, default=0, metavar="N",
+                     help="default: the app's federation's, or 4")  # fmt: skip
+    own.add_argument("--run-config", action="append", default=[], metavar="KEY=VALUE",
+                     help="as flwr run takes it; may be given often")  # fmt: skip
+    own.add_argument("--seed", type=int, default=0)
+    own.add_argument("--patience", type=float, default=1800.0, metavar="SECONDS",
+                     help="without a message, after which the app counts as hanging")  # fmt: skip
+    own.add_argument("--limit", type=int, default=2000, metavar="MB",
+                     help="of arrays kept in memory, and in a recording")  # fmt: skip
+    own.add_argument("--cwd", metavar="FOLDER", help="where the app runs; default: a scratch one")
+    own.add_argument("--record", metavar="FOLDER", help="keep what travelled, in safe formats")
+    own.add_argument("--replay", metavar="FOLDER", help="judge a recording, without the app")
+    own.add_argument("--model", default="", metavar="MODULE:NET",
+                     help="the network, where its structure cannot be seen")  # fmt: skip
+    own.add_argument("--claim", metavar="EPSILON,DELTA", help="that you state for the whole run")
+    own.add_argument("--accept", metavar="FILE", help="TOML: findings to live with, and why")
+    own.add_argument("--fail-on", choices=("low", "medium", "high"), help="exit 3 from there on")
+    own.add_argument("--out", metavar="FOLDER", help="default: outputs/DATE/audit-APP")
+    return own
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    given = list(sys.argv[1:] if words is None else words)
+    try:
+        return _main(parser().parse_args(given), given)
+    except Refused as refusal:
+        sys.stdout.flush()
+        print(f"error: {refusal}", file=sys.stderr)
+        return 1
+    except records.NotSaved as full:
+        print(f"error: {full}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # after --help
+        return 1 if stop.code else 0
+    except KeyboardInterrupt:
+        print("interrupted before anything was seen", file=sys.stderr)
+        return 130
+
+
+def _main(asked: argparse.Namespace, words: Sequence[str]) -> int:
+    console = Console()
+    _checked(asked)
+    what = f"replay {asked.replay}" if asked.replay else f"app {asked.folder or '.'}"
+    console.line(f"fedsec {'.'.join(__version__.split('.')[:2])}", f"audit · {what}")
+    from fedsec.audit import findings, outputs
+
+    process.listen()
+    accepted = findings.read_accepted(Path(asked.accept)) if asked.accept else []
+    out = _out(asked)
+    folder = None if asked.replay else Path(asked.folder or ".").resolve()
+    traffic, settings = _replayed(asked, console) if asked.replay else _watched(asked, console)
+    result = _judged(asked, traffic, accepted, settings, folder, words)
+    out = out or _free(traffic.about.app)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refused("out", f"must be writable ({error.strerror})", out) from None
+    with process.undisturbed():
+        outputs.write(result, out, asked.fail_on)
+    _show(result, out, console)
+    return _status(result, asked, console)
+
+
+def _checked(asked: argparse.Namespace) -> None:
+    """Refuse before anything slow is imported."""
+    for key, least in (("rounds", 0), ("clients", 0), ("limit", 1)):
+        require(getattr(asked, key) >= least, key, f"must be at least {least}", getattr(asked, key))
+    require(asked.patience > 0, "patience", "must be above 0 seconds", asked.patience)
+    alone = not (asked.folder or asked.server or asked.client or asked.record)
+    require(not asked.replay or alone, "replay", "takes no app, and records nothing", asked.folder)
+    promise(asked.claim)
+    if asked.accept:
+        require(Path(asked.accept).is_file(), "accept", "must be a file", asked.accept)
+
+
+def promise(claim: str | None) -> tuple[float, float] | None:
+    """Epsilon and delta of `8,1e-5`."""
+    if claim is None:
+        return None
+    rule = "must be EPSILON,DELTA, as 8,1e-5, above 0 and delta below 1"
+    try:
+        epsilon, delta = map(float, claim.split(","))
+    except ValueError:
+        raise Refused("claim", rule, claim) from None
+    require(0 < epsilon < float("inf") and 0 < delta < 1, "claim", rule, claim)
+    return epsilon, delta
+
+
+def _out(asked: argparse.Namespace) -> Path | None:
+    if asked.out is None:
+        return None
+    out = home_read("out", asked.out)
+    taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    require(not taken, "out", "must be a folder that is empty or not there", out)
+    return out
+
+
+def _free(app: str) -> Path:
+    """A folder of today that is not there yet."""
+    today = Path("outputs") / date.today().isoformat()
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in app)
+    numbered = (today / f"audit-{name}{f'-{n}' if n > 1 else ''}" for n in range(1, 10**6))
+    return next(path for path in numbered if not path.exists())
+
+
+# ---------------------------------------------------------------- what travelled
+
+
+def _replayed(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict]:
+    from fedsec.audit.traffic import replay
+
+    traffic = replay(home_read("replay", asked.replay))
+    console.line("recording", f"{len(traffic.messages)} messages of {traffic.about.app}")
+    return traffic, {"replay": asked.replay}
+
+
+def _watched(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict]:
+    from fedsec.audit import app as apps
+    from fedsec.audit import tap
+    from fedsec.audit.claims import Heard
+    from fedsec.audit.traffic import Recording
+
+    heard, folder = Heard(), Path(asked.folder or ".").resolve()
+    record = home_read("record", asked.record).resolve() if asked.record else None
+    with _unwritten(), heard.listening():
+        app = apps.load(folder, asked.server, asked.client, asked.run_config, asked.rounds)
+    clients = asked.clients or app.clients
+    config = " ".join(f"{k}={v}" for k, v in app.config.items()) or "empty"
+    rounds = asked.rounds or app.config.get(apps.ROUNDS) or "the app's own number of"
+    console.line("app", f"{app.name}: {clients} clients, {rounds} rounds, seed {asked.seed}")
+    console.line("run config", config)
+    console.line("limit", f"{asked.limit} MB of arrays are kept"
+                 + (f", and recorded in {asked.record}" if record else ""))  # fmt: skip
+
+    def recording(about: About) -> Recording:
+        assert record is not None
+        return Recording(record, about, asked.limit * 10**6)
+
+    start = time.monotonic()
+    with _unwritten(), _placed(asked.cwd):
+        traffic = tap.run(
+            app, heard, clients=clients, rounds=asked.rounds, seed=asked.seed,
+            limit=asked.limit * 10**6, patience=asked.patience,
+            recording=recording if record else None, progress=_progress(console),
+        )  # fmt: skip
+    took = time.monotonic() - start
+    sent = sum(m.size for m in traffic.messages if m.up) / 1e6
+    many = f"{traffic.rounds} rounds, {len(traffic.trained)} updates"
+    seen = f"{many}, {len(traffic.messages)} messages, {sent:.1f} MB from clients"
+    console.line("watched", f"{seen}, in {took:.1f} s")
+    settings = {"clients": clients, "rounds": asked.rounds or "the app's own", "seed": asked.seed,
+                "run config": config, "limit": f"{asked.limit} MB of arrays"}  # fmt: skip
+    return traffic, settings
+
+
+def _progress(console: Console) -> Callable[[Message], None]:
+    said, last = time.monotonic(), 0
+
+    def told(message: Message) -> None:
+        nonlocal said, last
+        now = time.monotonic()
+        if message.round > last and now - said > QUIET:
+            console.line("", f"round {message.round}")
+            said = now
+        last = max(last, message.round)
+
+    return told
+
+
+@contextmanager
+def _unwritten() -> Iterator[None]:
+    """No bytecode beside the app's files."""
+    was, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = was
+
+
+@contextmanager
+def _placed(folder: str | None) -> Iterator[None]:
+    """Within it the app runs in `folder`, or in a scratch one: final models end up nowhere."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="fedsec-", ignore_cleanup_errors=True) as scratch:
+        try:
+            os.chdir(folder or scratch)
+        except OSError as error:
+            raise Refused("cwd", f"must be a folder ({error.strerror})", folder) from None
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def _judged(
+    asked: argparse.Namespace, traffic: Traffic, accepted: Sequence[Accepted], settings: dict,
+    folder: Path | None, words: Sequence[str],
+) -> Result:  # fmt: skip
+    from fedsec.audit import findings, lint, mechanisms, outputs
+    from fedsec.audit.traffic import Damaged
+
+    given = _given(asked, folder)
+    said, found = list(traffic.notes), []
+    for rules in (
+        lambda: lint.lint(traffic, given),
+        lambda: mechanisms.judged(traffic, _promise(asked)),
+    ):
+        try:
+            found += rules()
+        except Damaged as damage:  # after it was checked
+            said.append(f"error: recording: {damage}")
+    said += _failed(traffic)
+    marked, remarks = findings.accepting(findings.ordered(found), accepted, date.today())
+    return outputs.Result(
+        traffic=traffic,
+        findings=tuple(marked),
+        structure=lint.structure_of(traffic, given),
+        status=_ended(said),
+        notes=(*said, *remarks),
+        command=shlex.join(["python", "-m", "fedsec.audit", *words]),
+        settings=settings,
+    )
+
+
+def _promise(asked: argparse.Namespace) -> Promise | None:
+    from fedsec.audit.mechanisms import Promise
+
+    given = promise(asked.claim)
+    return Promise(*given) if given else None
+
+
+def _given(asked: argparse.Namespace, folder: Path | None):
+    if not asked.model:
+        return None
+    from flwr.supercore.object_ref import load_app
+
+    from fedsec.audit.structure import of_module
+
+    try:
+        with _unwritten():
+            return of_module(load_app(asked.model, ValueError, str(folder or Path.cwd()))())
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        rule = f"must be module:Net, a network that takes no arguments ({type(error).__name__}: "
+        raise Refused("model", f"{rule}{first})", asked.model) from None
+
+
+def _failed(traffic: Traffic) -> list[str]:
+    """One line for each client that failed, and for an app that says nothing."""
+    lines = []
+    for message in traffic.failures:
+        last = next(reversed(message.error.strip().splitlines()), "")
+        lines.append(f"error: client {message.client}, {message.kind}, round {message.round}: "
+                     f"{last}{_place(message.error)}")  # fmt: skip
+    trained = traffic.trained
+    if not trained and not lines and not any(n.startswith("error") for n in traffic.notes):
+        lines.append("error: app: must train: no client was asked to")
+    elif trained and not any(t.reply.flat or t.reply.left_out or t.reply.configs for t in trained):
+        lines.append(f"error: clients: must send arrays, got none in {len(trained)} replies")
+    return list(dict.fromkeys(lines))
+
+
+def _place(trace: str) -> str:
+    """The last line of the app's code in a traceback: file and line."""
+    places = [x.strip() for x in trace.splitlines() if x.strip().startswith('File "')]
+    if not places:
+        return ""
+    words = places[-1].split(", ")
+    return f" ({words[0][6:-1]}:{words[1].removeprefix('line ')})"
+
+
+def _ended(notes: Sequence[str]) -> str:
+    if any(n.startswith("interrupted") for n in notes):
+        return "interrupted"
+    return "failed" if any(n.startswith("error") for n in notes) else "done"
+
+
+def _show(result: Result, out: Path, console: Console) -> None:
+    from fedsec.audit import outputs
+
+    console.line("structure", _described(result))
+    for claim in result.traffic.about.claims:
+        own = ", ".join(f"{k} {v}" for k, v in claim.settings.items())
+        console.line("mechanism", f"{claim.name} ({claim.kind}){': ' if own else ''}{own}")
+    console.terminal.print()
+    for finding in result.findings:
+        _tell(finding, console)
+    errors = [n for n in result.notes if n.startswith("error")]
+    for note in result.notes:
+        if note not in errors:
+            console.line("note", note)
+    accepted = len(result.findings) - len(result.open)
+    more = f" ({accepted} more accepted)" if accepted else ""
+    console.line("found", outputs.counted(result.open) + more)
+    if not result.findings:
+        console.line("", "no rule found a leak; that is no proof that there is none")
+    names = (outputs.JSON, outputs.SARIF, outputs.JUNIT, outputs.PAGE)
+    console.line("wrote", f"{out}/   {'  '.join(names)}")
+    sys.stdout.flush()
+    for line in errors[:SHOWN]:
+        console.trouble(line)
+    if len(errors) > SHOWN:
+        console.trouble(f"error: {len(errors) - SHOWN} more are in {out / outputs.JSON}")
+
+
+def _described(result: Result) -> str:
+    layers, source = len(result.structure.layers), result.structure.source
+    return f"{layers} layers, {source}" if layers else "unknown: no arrays were seen"
+
+
+def _tell(finding: Finding, console: Console) -> None:
+    mark = "accepted" if finding.accepted else finding.level
+    console.line(mark, f"{finding.rule.title}  [{finding.id}]")
+    for line in finding.evidence:
+        console.line("", line)
+    if finding.accepted:
+        console.line("", f"accepted: {finding.accepted.reason}")
+        return
+    console.line("", f"gives away: {finding.rule.gets}")
+    console.line("", f"fix: {finding.rule.fix}")
+    console.terminal.print()
+
+
+def _status(result: Result, asked: argparse.Namespace, console: Console) -> int:
+    from fedsec.audit import outputs
+
+    if result.status == "interrupted":
+        return 130
+    if result.status == "failed":
+        return 2
+    failing = outputs.failing(result, asked.fail_on)
+    if failing:
+        names = ", ".join(f.id for f in failing)
+        console.trouble(f"gate: --fail-on {asked.fail_on}: {names}")
+        return 3
+    return 0
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process, also where an app that hangs still has threads."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    try:
+        _code = main()
+    except Exception:
+        traceback.print_exc()
+        _code = 2
+    _leave(_code)

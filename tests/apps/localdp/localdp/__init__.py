@@ -1,0 +1,1 @@
+"""localdp: A Flower / PyTorch app."""

@@ -1,0 +1,1 @@
+"""localdp_clean: A Flower / PyTorch app."""

@@ -1,0 +1,1 @@
+"""numpyclient: A Flower / PyTorch app."""

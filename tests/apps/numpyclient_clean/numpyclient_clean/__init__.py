@@ -1,0 +1,1 @@
+"""numpyclient_clean: A Flower / PyTorch app."""

@@ -1,0 +1,1 @@
+"""quickstart_clean: A Flower / PyTorch app."""

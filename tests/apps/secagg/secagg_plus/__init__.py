@@ -1,0 +1,1 @@
+"""secagg: A Flower / PyTorch app."""

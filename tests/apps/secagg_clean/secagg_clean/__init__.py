@@ -1,0 +1,1 @@
+"""secagg_clean: A Flower / PyTorch app."""
