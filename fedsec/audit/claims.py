@@ -35,7 +35,7 @@ SERVER = {
 }
 
 Arrays = dict[str, Values]
-Call = Callable[[Message, Context], Message]
+Call = Callable[[Message, Context], Any]  # a Message, if the app does what it should
 
 
 @dataclass
@@ -46,13 +46,13 @@ class Heard:
     mods: tuple[Any, ...] = ()  # of the last call
     inner: dict[str, Arrays] | None = None  # of the last call, by record; None: no mod ran
 
-    def innermost(self, mods: Sequence[Any]) -> Callable[[Message, Context, Call], Message]:
-        def probe(message: Message, context: Context, call: Call) -> Message:
+    def innermost(self, mods: Sequence[Any]) -> Callable[[Message, Context, Call], Any]:
+        def probe(message: Message, context: Context, call: Call) -> Any:
             reply = call(message, context)
             self.mods = tuple(mods)
             for claim in map(of_mod, mods):
                 self._add(claim)
-            if mods and reply.has_content():
+            if mods and isinstance(reply, Message) and reply.has_content():
                 records = reply.content.array_records
                 self.inner = {name: dict(arrays) for name, arrays in records.items()}
             return reply

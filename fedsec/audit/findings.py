@@ -19,7 +19,8 @@ RECONSTRUCTION, MEMBERSHIP, PROPERTY = (
     "membership inference",
     "property inference",
 )
-POISONING = "supply chain and poisoning"
+POISONING = "poisoning and supply chain"
+NONE = "no attack, a cost"
 CERTIFIED, MEASURED, INFERRED = "certified", "measured", "inferred"
 SURE = {
     CERTIFIED: "re-computed from what travelled",
@@ -155,8 +156,8 @@ RULES = {
             "frozen-weights",
             "low",
             "Weights that nobody changes travel back",
-            PROPERTY,
-            SERVER,
+            NONE,
+            "nobody",
             "nothing about the data; it costs bytes, and says which layers are frozen",
             "nothing",
             "send only what was trained",
@@ -197,9 +198,9 @@ RULES = {
             "dp-counter",
             "medium",
             "A counter that is not trained takes part in clipping",
-            PROPERTY,
-            SERVER,
-            "less than it costs you: BatchNorm's counter dominates the norm, so that clipping "
+            NONE,
+            "nobody",
+            "nothing; you lose accuracy: BatchNorm's counter dominates the norm, so that clipping "
             "shrinks everything else",
             "nothing",
             "keep num_batches_tracked out of the arrays that are sent, or use GroupNorm",

@@ -7,7 +7,16 @@ from typing import Any
 
 from fedsec.audit import outputs
 from fedsec.audit.claims import CENTRAL, CLIP, LOCAL, SECAGG
-from fedsec.audit.findings import MEMBERSHIP, PROPERTY, RECONSTRUCTION, RULES, SEVERITIES, Finding
+from fedsec.audit.findings import (
+    MEMBERSHIP,
+    NONE,
+    POISONING,
+    PROPERTY,
+    RECONSTRUCTION,
+    RULES,
+    SEVERITIES,
+    Finding,
+)
 from fedsec.audit.mechanisms import tensors
 
 TEMPLATE = "audit.html"
@@ -15,6 +24,7 @@ CLASSES = {
     RECONSTRUCTION: "recover examples, or parts of them",
     MEMBERSHIP: "tell whether an example was used",
     PROPERTY: "learn facts about a client's data as a whole",
+    POISONING: "harm the model or the machines of others",
 }
 CLAIMS = {
     LOCAL: "local differential privacy: each client adds noise before it sends",
@@ -74,10 +84,14 @@ def answer(result: outputs.Result) -> str:
         return start + "no rule of this audit found a leak. That is no proof that there is none."
     attacks = list(dict.fromkeys(f.rule.attack for f in result.open if f.rank == worst))
     severity = SEVERITIES[worst]
-    return start + f"{outputs.counted(result.open)}; the {severity} ones allow {_listed(attacks)}."
+    allow = _listed([a for a in attacks if a != NONE])
+    more = f"; the {severity} ones allow {allow}" if allow else ""
+    return start + f"{outputs.counted(result.open)}{more}."
 
 
 def _listed(words: Sequence[str]) -> str:
+    if not words:
+        return ""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last
 

@@ -58,11 +58,12 @@ class TapGrid(Grid):
         self, messages: Iterable[Message], *, timeout: int | float | None = None
     ) -> Iterable[Message]:
         end = None if timeout is None else time.monotonic() + timeout
-        waiting = {str(each) for each in self.push_messages(messages)}
+        waiting = [str(each) for each in self.push_messages(messages)]
         replies: list[Message] = []
         while waiting and (end is None or time.monotonic() < end):
             fresh = list(self.pull_messages(waiting))
-            waiting -= {reply.metadata.reply_to_message_id for reply in fresh}
+            answered = {reply.metadata.reply_to_message_id for reply in fresh}
+            waiting = [each for each in waiting if each not in answered]
             replies += fresh
             if waiting and not fresh:
                 time.sleep(0.1)
@@ -208,10 +209,11 @@ class AppGrid(InlineGrid):
             try:
                 with watch():
                     reply = self.app(message, context)
-                if not isinstance(reply, Message):
-                    raise TypeError(f"the ClientApp must reply with a Message, got {reply!r}")
             except Exception as error:
                 reason = "".join(traceback.format_exception(error))
+                return Message(Error(code=FAILED, reason=reason), reply_to=message)
+            if not isinstance(reply, Message):
+                reason = f"the ClientApp must reply with a Message, got {reply!r}"
                 return Message(Error(code=FAILED, reason=reason), reply_to=message)
             self.structure = watch.structure or self.structure
             self.tap.watched[message.metadata.message_id] = self._watched(watch, message, reply)

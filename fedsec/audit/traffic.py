@@ -372,16 +372,16 @@ def replay(folder: Path) -> Traffic:
         try:
             messages.append(_message(line, folder))
         except (ValueError, KeyError, TypeError, AttributeError):
-            notes.append(f"{MESSAGES}, line {number}: damaged or cut short; left out")
+            notes.append(f"error: recording: {MESSAGES} line {number} is damaged; it is left out")
     for index, message in enumerate(messages):
         trouble = _trouble(message)
         if trouble:
-            notes.append(f"message {message.number}: {trouble}; its arrays are left out")
+            notes.append(f"error: recording: message {message.number} has no arrays: {trouble}")
             messages[index] = replace(message, left_out=True, arrays={})
     if status != "whole":
-        notes.append("the recording was cut short: its run was ended before it was done")
+        notes.append("error: recording: cut short, its run was ended before it was done")
     elif len(messages) < count:
-        notes.append(f"the recording holds {len(messages)} of {count} messages")
+        notes.append(f"error: recording: holds {len(messages)} of its {count} messages")
     if full:
         notes.append("the recording reached its limit: later messages are without their arrays")
     return Traffic(about, tuple(messages), tuple(notes))
