@@ -15,9 +15,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsec import process
 
@@ -30,9 +31,11 @@ from fedsec.checks import Refused, home_read, require
 from fedsec.console import Console
 
 if TYPE_CHECKING:
+    from fedsec.audit.attacked import Plan, Truth
     from fedsec.audit.findings import Accepted, Finding
     from fedsec.audit.mechanisms import Promise
     from fedsec.audit.outputs import Result
+    from fedsec.audit.structure import Structure
     from fedsec.audit.traffic import About, Message, Recording, Traffic
 
 SHOWN = 5  # failures on the console; the files hold all
@@ -70,6 +73,17 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--model", default="", metavar="MODULE:NET",
                      help="the network, where its structure cannot be seen")  # fmt: skip
     own.add_argument("--claim", metavar="EPSILON,DELTA", help="that you state for the whole run")
+    own.add_argument("--attack", metavar="NAME", help="of fedsec's attacks, such as auto: try it")
+    own.add_argument("--threat", default="honest_server", metavar="NAME",
+                     help="what the attack knows; default: honest_server")  # fmt: skip
+    own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="words",
+                     help="of the attack, as attack.budget=2000; may be given often")  # fmt: skip
+    own.add_argument("--attack-rounds", default="1", metavar="N,N", help="default: 1")
+    own.add_argument("--victims", type=int, default=2, metavar="N",
+                     help="updates of a round that are attacked; default: 2")  # fmt: skip
+    own.add_argument("--data", default="", metavar="MODULE:LOAD",
+                     help="of a client's number: its images and labels, for --replay")  # fmt: skip
+    own.add_argument("--fail-above", metavar="psnr=DB", help="exit 3 if an image comes out better")
     own.add_argument("--accept", metavar="FILE", help="TOML: findings to live with, and why")
     own.add_argument("--fail-on", choices=("low", "medium", "high"), help="exit 3 from there on")
     own.add_argument("--out", metavar="FOLDER", help="default: outputs/DATE/audit-APP")
@@ -105,10 +119,10 @@ def _main(asked: argparse.Namespace, words: Sequence[str]) -> int:
     process.listen()
     accepted = findings.read_accepted(Path(asked.accept)) if asked.accept else []
     out = _out(asked)
-    folder = None if asked.replay else Path(asked.folder or ".").resolve()
-    traffic, settings = _replayed(asked, console) if asked.replay else _watched(asked, console)
-    result = _judged(asked, traffic, accepted, settings, folder, words)
-    out = out or _free(traffic.about.app)
+    plan = _plan(asked)
+    seen = _replayed(asked, console) if asked.replay else _watched(asked, console, plan)
+    result = _judged(asked, seen, accepted, plan, console, words)
+    out = out or _free(result.traffic.about.app)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,6 +133,16 @@ def _main(asked: argparse.Namespace, words: Sequence[str]) -> int:
     return _status(result, asked, console)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What there is to judge."""
+
+    traffic: Traffic
+    truths: list[Truth]
+    folder: Path  # where the app's modules are looked for
+    settings: dict[str, Any]  # that decide what was seen
+
+
 def _checked(asked: argparse.Namespace) -> None:
     """Refuse before anything slow is imported."""
     for key, least in (("rounds", 0), ("clients", 0), ("limit", 1)):
@@ -126,7 +150,12 @@ def _checked(asked: argparse.Namespace) -> None:
     require(asked.patience > 0, "patience", "must be above 0 seconds", asked.patience)
     alone = not (asked.folder or asked.server or asked.client or asked.record)
     require(not asked.replay or alone, "replay", "takes no app, and records nothing", asked.folder)
+    require(asked.victims >= 1, "victims", "must be at least 1", asked.victims)
     promise(asked.claim)
+    most(asked.fail_above)
+    for key, other in (("fail_above", "attack"), ("data", "attack"), ("data", "model")):
+        alone = bool(getattr(asked, key)) and not getattr(asked, other)
+        require(not alone, key.replace("_", "-"), f"needs --{other}", getattr(asked, key))
     if asked.accept:
         require(Path(asked.accept).is_file(), "accept", "must be a file", asked.accept)
 
@@ -142,6 +171,19 @@ def promise(claim: str | None) -> tuple[float, float] | None:
         raise Refused("claim", rule, claim) from None
     require(0 < epsilon < float("inf") and 0 < delta < 1, "claim", rule, claim)
     return epsilon, delta
+
+
+def most(gate: str | None) -> float:
+    """The PSNR of `psnr=20` above which an image fails the gate; without one, none does."""
+    if gate is None:
+        return float("inf")
+    key, _, value = gate.partition("=")
+    rule = "must be psnr=DB, as psnr=20"
+    require(key == "psnr", "fail-above", rule, gate)
+    try:
+        return float(value)
+    except ValueError:
+        raise Refused("fail-above", rule, gate) from None
 
 
 def _out(asked: argparse.Namespace) -> Path | None:
@@ -164,15 +206,54 @@ def _free(app: str) -> Path:
 # ---------------------------------------------------------------- what travelled
 
 
-def _replayed(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict]:
+def _plan(asked: argparse.Namespace) -> Plan | None:
+    """The attack that is asked for."""
+    if asked.attack is None:
+        return None
+    from fedsec.audit import attacked
+
+    rule = "must be rounds from 1 on, as 1,3"
+    try:
+        rounds = tuple(int(n) for n in asked.attack_rounds.split(","))
+    except ValueError:
+        raise Refused("attack-rounds", rule, asked.attack_rounds) from None
+    require(min(rounds) >= 1, "attack-rounds", rule, asked.attack_rounds)
+    return attacked.chosen(
+        asked.attack, asked.threat, asked.words, rounds, asked.victims, asked.seed
+    )
+
+
+def _replayed(asked: argparse.Namespace, console: Console) -> Seen:
     from fedsec.audit.traffic import replay
 
     traffic = replay(home_read("replay", asked.replay))
     console.line("recording", f"{len(traffic.messages)} messages of {traffic.about.app}")
-    return traffic, {"replay": asked.replay}
+    truths = _loaded(asked, traffic) if asked.data else []
+    return Seen(traffic, truths, Path.cwd(), {"replay": asked.replay})
 
 
-def _watched(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict]:
+def _loaded(asked: argparse.Namespace, traffic: Traffic) -> list[Truth]:
+    """What the named function says that each client trained on, where it is one whole batch."""
+    from fedsec.audit.attacked import loaded
+
+    load, network = (_named(key, getattr(asked, key), Path.cwd()) for key in ("data", "model"))
+    return loaded(traffic, network, load)
+
+
+def _named(key: str, reference: str, folder: Path) -> Any:
+    """What `module:attribute` refers to, looked for in `folder` too."""
+    from flwr.supercore.object_ref import load_app
+
+    require(reference.count(":") == 1, key, "must be module:attribute", reference or "nothing")
+    try:
+        with _unwritten():
+            return load_app(reference, ValueError, str(folder))
+    except Exception as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise Refused(key, f"must import ({type(error).__name__}: {first})", reference) from None
+
+
+def _watched(asked: argparse.Namespace, console: Console, plan: Plan | None) -> Seen:
     from fedsec.audit import app as apps
     from fedsec.audit import tap
     from fedsec.audit.claims import Heard
@@ -196,10 +277,11 @@ def _watched(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict
 
     start = time.monotonic()
     with _unwritten(), _placed(asked.cwd):
-        traffic = tap.run(
+        traffic, truths = tap.run(
             app, heard, clients=clients, rounds=asked.rounds, seed=asked.seed,
             limit=asked.limit * 10**6, patience=asked.patience,
             recording=recording if record else None, progress=_progress(console),
+            attacked=plan.rounds if plan else (),
         )  # fmt: skip
     took = time.monotonic() - start
     sent = sum(m.size for m in traffic.messages if m.up) / 1e6
@@ -208,7 +290,7 @@ def _watched(asked: argparse.Namespace, console: Console) -> tuple[Traffic, dict
     console.line("watched", f"{seen}, in {took:.1f} s")
     settings = {"clients": clients, "rounds": asked.rounds or "the app's own", "seed": asked.seed,
                 "run config": config, "limit": f"{asked.limit} MB of arrays"}  # fmt: skip
-    return traffic, settings
+    return Seen(traffic, truths, folder, settings)
 
 
 def _progress(console: Console) -> Callable[[Message], None]:
@@ -254,33 +336,48 @@ def _placed(folder: str | None) -> Iterator[None]:
 
 
 def _judged(
-    asked: argparse.Namespace, traffic: Traffic, accepted: Sequence[Accepted], settings: dict,
-    folder: Path | None, words: Sequence[str],
-) -> Result:  # fmt: skip
+    asked: argparse.Namespace,
+    seen: Seen,
+    accepted: Sequence[Accepted],
+    plan: Plan | None,
+    console: Console,
+    words: Sequence[str],
+) -> Result:
     from fedsec.audit import findings, lint, mechanisms, outputs
-    from fedsec.audit.traffic import Damaged
 
-    given = _given(asked, folder)
-    said, found = list(traffic.notes), []
-    for rules in (
-        lambda: lint.lint(traffic, given),
-        lambda: mechanisms.judged(traffic, _promise(asked)),
-    ):
-        try:
-            found += rules()
-        except Damaged as damage:  # after it was checked
-            said.append(f"error: recording: {damage}")
-    said += _failed(traffic)
-    marked, remarks = findings.accepting(findings.ordered(found), accepted, date.today())
+    traffic, given = seen.traffic, _given(asked, seen.folder)
+    found = [*lint.lint(traffic, given), *mechanisms.judged(traffic, _promise(asked))]
+    leaks, remarks = _attacked(seen, plan, console)
+    if plan is not None:
+        from fedsec.audit import attacked
+
+        found += attacked.findings(leaks, plan)
+    said = [*traffic.notes, *_failed(traffic), *remarks]
+    marked, vain = findings.accepting(findings.ordered(found), accepted, date.today())
     return outputs.Result(
         traffic=traffic,
         findings=tuple(marked),
         structure=lint.structure_of(traffic, given),
         status=_ended(said),
-        notes=(*said, *remarks),
+        notes=(*said, *vain),
         command=shlex.join(["python", "-m", "fedsec.audit", *words]),
-        settings=settings,
+        settings=seen.settings,
+        leaks=tuple(leaks),
     )
+
+
+def _attacked(seen: Seen, plan: Plan | None, console: Console) -> tuple[list[dict], list[str]]:
+    """What the attack makes of the updates, if one is asked for."""
+    if plan is None:
+        return [], []
+    from fedsec.audit.attacked import attacked
+
+    console.line("attack", f"{plan.name}, threat {plan.threat.name}, rounds "
+                 f"{', '.join(map(str, plan.rounds))}, {plan.victims} updates of each")  # fmt: skip
+    try:
+        return attacked(seen.traffic, seen.truths, plan, lambda text: console.line("", text))
+    except KeyboardInterrupt:
+        return [], ["interrupted: the attack was left out"]
 
 
 def _promise(asked: argparse.Namespace) -> Promise | None:
@@ -290,20 +387,19 @@ def _promise(asked: argparse.Namespace) -> Promise | None:
     return Promise(*given) if given else None
 
 
-def _given(asked: argparse.Namespace, folder: Path | None):
+def _given(asked: argparse.Namespace, folder: Path) -> Structure | None:
+    """The structure of the network that the user names."""
     if not asked.model:
         return None
-    from flwr.supercore.object_ref import load_app
-
     from fedsec.audit.structure import of_module
 
+    network = _named("model", asked.model, folder)
     try:
-        with _unwritten():
-            return of_module(load_app(asked.model, ValueError, str(folder or Path.cwd()))())
+        return of_module(network()).within(folder)
     except Exception as error:
         first = next(iter(str(error).splitlines()), "")
-        rule = f"must be module:Net, a network that takes no arguments ({type(error).__name__}: "
-        raise Refused("model", f"{rule}{first})", asked.model) from None
+        rule = f"must be a network that takes no arguments ({type(error).__name__}: {first})"
+        raise Refused("model", rule, asked.model) from None
 
 
 def _failed(traffic: Traffic) -> list[str]:
@@ -352,6 +448,8 @@ def _show(result: Result, out: Path, console: Console) -> None:
             console.line("note", note)
     accepted = len(result.findings) - len(result.open)
     more = f" ({accepted} more accepted)" if accepted else ""
+    if result.leaks:
+        console.line("images", _scores(result.leaks))
     console.line("found", outputs.counted(result.open) + more)
     if not result.findings:
         console.line("", "no rule found a leak; that is no proof that there is none")
@@ -362,6 +460,15 @@ def _show(result: Result, out: Path, console: Console) -> None:
         console.trouble(line)
     if len(errors) > SHOWN:
         console.trouble(f"error: {len(errors) - SHOWN} more are in {out / outputs.JSON}")
+
+
+def _scores(leaks: Sequence[dict[str, Any]]) -> str:
+    keys = ("psnr", "worst_psnr", "null_psnr")
+    chosen, worst, null = (sum(row[key] for row in leaks) / len(leaks) for key in keys)
+    return (
+        f"{len(leaks)} attacked: mean PSNR {worst:.1f} dB (higher = more leaked), {chosen:.1f} by "
+        f"what an attacker chooses without the truth; without the update {null:.1f}"
+    )
 
 
 def _described(result: Result) -> str:
@@ -393,8 +500,10 @@ def _status(result: Result, asked: argparse.Namespace, console: Console) -> int:
     if failing:
         names = ", ".join(f.id for f in failing)
         console.trouble(f"gate: --fail-on {asked.fail_on}: {names}")
-        return 3
-    return 0
+    above = [r for r in result.leaks if r["worst_psnr"] > most(asked.fail_above)]
+    if above:
+        console.trouble(f"gate: --fail-above {asked.fail_above}: {len(above)} images")
+    return 3 if failing or above else 0
 
 
 def _leave(status: int) -> NoReturn:

@@ -187,7 +187,7 @@ def few_images(view: View) -> Iterator[Finding]:
     trained, count = min(small, key=lambda pair: pair[1])
     seen = trained.reply.watched
     how = (
-        f"{len(seen.batches)} training passes of {', '.join(map(str, seen.batches[:8]))} examples"
+        f"forward passes in training: {', '.join(map(str, seen.batches[:8]))} examples"
         if seen.batches
         else "by the number of examples that it sends"
     )

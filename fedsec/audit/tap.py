@@ -6,12 +6,13 @@ import random
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
@@ -19,6 +20,7 @@ from flwr.supercore.run import Run
 
 from fedsec.audit import traffic
 from fedsec.audit.app import App
+from fedsec.audit.attacked import Truth
 from fedsec.audit.claims import LOCAL, Heard, mechanisms, mod_name
 from fedsec.audit.structure import Structure
 from fedsec.audit.traffic import About, Recording, Traffic, Values, Watched
@@ -124,12 +126,12 @@ class Tap:
 
     def _refuse_late(self, message: Message) -> None:
         """Stop an app that goes on after the rounds that were asked for."""
-        late = self.rounds and self._round(message.metadata) > self.rounds
+        late = self.rounds and self.round_of(message.metadata) > self.rounds
         if self.over or (late and message.metadata.message_type.startswith("train")):
             self.over = True
             raise Enough(f"{self.rounds} rounds are over")
 
-    def _round(self, meta: Any) -> int:
+    def round_of(self, meta: Any) -> int:
         with suppress(ValueError):
             return int(meta.group_id)
         return 1 + self.trained.get(self.clients.get(meta.dst_node_id, -1), 0)
@@ -145,7 +147,7 @@ class Tap:
         """The number of a message: a reply, where it was `watched`."""
         asked = self.messages[about] if about is not None else None
         client = asked.client if asked else self.clients.get(meta.dst_node_id, -1)
-        round = asked.round if asked else self._round(meta)
+        round = asked.round if asked else self.round_of(meta)
         if asked and meta.message_type.startswith("train"):
             self.trained[client] = self.trained.get(client, 0) + 1
         whole = RecordDict(content)
@@ -194,9 +196,13 @@ class AppGrid(InlineGrid):
     Clients take turns, also where a legacy server asks them from several threads.
     """
 
-    def __init__(self, app: App, clients: int, heard: Heard, tap: Tap):
+    def __init__(
+        self, app: App, clients: int, heard: Heard, tap: Tap, attacked: Sequence[int] = ()
+    ):
         super().__init__(app.client, clients, app.config)
         self.heard, self.tap = heard, tap
+        self.attacked = set(attacked)  # rounds
+        self.truths: list[Truth] = []
         self.structure: Structure | None = None
         self.legacy = _legacy(app.client)
         self.turn = threading.RLock()
@@ -205,7 +211,8 @@ class AppGrid(InlineGrid):
         with self.turn:
             self.tap.moved = time.monotonic()
             self.heard.inner = None
-            watch = Watch(self.structure)
+            kind, round = message.metadata.message_type, self.tap.round_of(message.metadata)
+            watch = Watch(self.structure, kind.startswith("train") and round in self.attacked)
             try:
                 with watch():
                     reply = self.app(message, context)
@@ -216,8 +223,24 @@ class AppGrid(InlineGrid):
                 reason = f"the ClientApp must reply with a Message, got {reply!r}"
                 return Message(Error(code=FAILED, reason=reason), reply_to=message)
             self.structure = watch.structure or self.structure
+            self._remember(watch, round, context)
             self.tap.watched[message.metadata.message_id] = self._watched(watch, message, reply)
             return reply
+
+    def _remember(self, watch: Watch, round: int, context: Context) -> None:
+        """What an attack on this reply is measured against, where it was heard whole."""
+        if not watch.inputs or watch.before is None or watch.lr is None:
+            return
+        shapes = {tuple(each.shape[1:]) for each in watch.inputs}
+        floats = all(each.is_floating_point() for each in watch.inputs)
+        heard = [len(each) for each in watch.labels]
+        if floats and len(shapes) == 1 and heard == watch.batches and watch.batches:
+            client = int(context.node_config["partition-id"])
+            inputs, labels = torch.cat(watch.inputs).cpu(), torch.cat(watch.labels).cpu()
+            self.truths.append(
+                Truth(round, client, watch.before.cpu(), inputs, labels, tuple(watch.batches),
+                      watch.lr, watch.optimiser)
+            )  # fmt: skip
 
     def _watched(self, watch: Watch, message: Message, reply: Message) -> Watched:
         inner, measured = self.heard.inner, {}
@@ -266,8 +289,11 @@ def run(
     patience: float,
     recording: Callable[[About], Recording] | None = None,
     progress: Told = lambda message: None,
-) -> Traffic:
+    attacked: Sequence[int] = (),
+) -> tuple[Traffic, list[Truth]]:
     """Everything that travelled while the app ran, and what went wrong meanwhile.
+
+    And of the `attacked` rounds, what the clients trained on.
 
     `limit`: bytes of arrays that are kept, in memory as in a recording. `patience`: seconds
     without any message after which the app counts as hanging. Nothing of what was seen is lost
@@ -287,7 +313,7 @@ def run(
                 kept.add = lambda message: None  # type: ignore[method-assign]
 
     tap = Tap(limit, rounds, told)
-    grid = AppGrid(app, clients, heard, tap)
+    grid = AppGrid(app, clients, heard, tap, attacked)
     serving = (app, TapGrid(grid, tap), seed, notes)
     ended = threading.Thread(target=_serve, args=serving, daemon=True)
     try:
@@ -314,7 +340,7 @@ def run(
     if any(m.left_out for m in messages):
         notes.append(f"arrays beyond --limit were not kept: {sum(m.left_out for m in messages)} "
                      "messages are judged by the rest")  # fmt: skip
-    return Traffic(about, messages, tuple(notes))
+    return Traffic(about, messages, tuple(notes)), grid.truths
 
 
 def _serve(app: App, grid: TapGrid, seed: int, notes: list[str]) -> None:
@@ -334,8 +360,6 @@ def _serve(app: App, grid: TapGrid, seed: int, notes: list[str]) -> None:
 
 
 def _seed(seed: int) -> None:
-    import torch
-
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  # what apps and Flower's mods draw from
     torch.manual_seed(seed)
