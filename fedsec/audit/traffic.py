@@ -247,13 +247,15 @@ class Recording:
         """Where the arrays of a record are, or None where they are beyond the limit."""
         from safetensors.numpy import save
 
+        if self.full:  # so that it has gaps at its end only
+            return None
         named = {f"{i}": np.asarray(v.numpy(), order="C") for i, v in enumerate(record.values())}
         text = save(named)
         name = f"{_sha(text)}.safetensors"
         path = self.folder / ARRAYS / name
         if not path.exists():
             if len(text) > self.left:
-                self.full, self.left = True, 0  # a recording that has gaps at its end only
+                self.full = True
                 return None
             records.write_whole(path, text)
             self.left -= len(text)
