@@ -140,14 +140,14 @@ def _update(job: Job, token: str, content: RecordDict, client: int) -> RecordDic
         query = _integer(config, "query")
     else:
         arrays, model = content.array_records, site.model
-        load(model, _tensors(arrays["arrays"]) | _tensors(arrays["buffers"]))
+        load(model, tensors_of(arrays["arrays"]) | tensors_of(arrays["buffers"]))
     update = site.update(model, client, round, probe, query)
     tensors = weights_after(model, update) if _sends_weights(job) else update.tensors
     size = job.defense.bytes(update)
     return RecordDict(
         {
-            "arrays": _record(tensors),
-            "buffers": _record(update.buffers),
+            "arrays": arrays_of(tensors),
+            "buffers": arrays_of(update.buffers),
             "metrics": MetricRecord({"num-examples": update.count, "bytes": size}),
         }
     )
@@ -166,7 +166,7 @@ def _client(context: Context) -> int:
 # and reader take longer over an array's header than over a small network's weights.
 
 
-def _record(tensors: Tensors) -> ArrayRecord:
+def arrays_of(tensors: Tensors) -> ArrayRecord:
     record = ArrayRecord()
     for name, tensor in tensors.items():
         values = tensor.detach().cpu().contiguous().numpy()
@@ -176,11 +176,13 @@ def _record(tensors: Tensors) -> ArrayRecord:
     return record
 
 
-def _tensors(record: ArrayRecord) -> Tensors:
+def tensors_of(record: ArrayRecord) -> Tensors:
     return {name: _tensor(array) for name, array in record.items()}
 
 
 def _tensor(array: Array) -> Tensor:
+    if not array.dtype:  # a legacy client's says neither type nor shape
+        return torch.from_numpy(np.array(array.numpy()))
     header = _header(array.dtype, tuple(array.shape))
     if not array.data.startswith(header) or len(array.data) == len(header):
         return torch.from_numpy(np.array(array.numpy()))  # another order of axes, or empty
@@ -237,7 +239,7 @@ class Server:
             for round in sorted(self.known):
                 tap.again(round, self.known[round])
             return
-        arrays = _record(dict(parameters(self.site.model)))
+        arrays = arrays_of(dict(parameters(self.site.model)))
         if job.rounds:
             result = _strategy(job).start(tap, arrays, num_rounds=job.rounds)
             assert result.arrays is not None
@@ -245,7 +247,7 @@ class Server:
             self.began.append(time.perf_counter())
         if job.rounds in job.attack_rounds:  # one more exchange, that no strategy aggregates
             tap.exchange(tap.asking(arrays, job.rounds))
-        load(self.site.model, _tensors(arrays) | tap.buffers)
+        load(self.site.model, tensors_of(arrays) | tap.buffers)
         self.final = state(self.site.model)
         if self.average and job.rounds:
             self.average.take(self.final)
@@ -308,7 +310,7 @@ class Tap(Grid):
     def again(self, round: int, sent: Tensors) -> None:
         """What travels in `round` about the model that was `sent`; nothing is made of it."""
         self.buffers = {k: sent[k].to(b.device) for k, b in self.buffers.items()}
-        arrays = _record({k: sent[k] for k in parameters(self.model)})
+        arrays = arrays_of({k: sent[k] for k in parameters(self.model)})
         self.exchange(self.asking(arrays, round))
 
     def exchange(self, messages: Iterable[Message]) -> tuple[int, list[Message]]:
@@ -317,21 +319,21 @@ class Tap(Grid):
         job, content = self.job, outgoing[0].content
         arrays, config = content.array_records["arrays"], content.config_records["config"]
         round = _integer(config, "server-round") - 1
-        content = partial(self._content, arrays, _record(self.buffers))
+        content = partial(self._content, arrays, arrays_of(self.buffers))
         for message in outgoing:
             message.content = content(message.content.config_records["config"])
         attacked = round in job.attack_rounds
         probing = attacked and not job.keep_training
         crafted: tuple[nn.Module, ...] = ()
         if probing and self.server.craft is not None:
-            load(self.model, _tensors(arrays) | self.buffers)
+            load(self.model, tensors_of(arrays) | self.buffers)
             crafted = self.server.craft(self.model, round)
         probes = self._probes(content, config, crafted) if probing else []
         trainees, targets = [self.model] * len(outgoing), list(crafted) or [self.model]
         targets *= len(probes) // len(targets)
         replies = self._deliver([*outgoing, *probes], round, trainees + targets)
         trained, probed = replies[: len(outgoing)], replies[len(outgoing) :]
-        load(self.model, _tensors(arrays) | self.buffers)  # what was sent
+        load(self.model, tensors_of(arrays) | self.buffers)  # what was sent
         if self.server.average and 0 < round < job.rounds:
             self.server.average.take(state(self.model))
         if attacked:
@@ -373,14 +375,14 @@ class Tap(Grid):
 
     def _running(self, reply: Message) -> Update:
         """The running statistics of a reply, and the count that weighs them."""
-        running = _tensors(reply.content.array_records["buffers"])
+        running = tensors_of(reply.content.array_records["buffers"])
         running = {name: b.to(self.job.device) for name, b in running.items()}
         count = _integer(reply.content.metric_records["metrics"], "num-examples")
         return Update({}, running, count)
 
     def _update(self, reply: Message, model: nn.Module) -> Update:
         """What a reply says, in gradient direction; `model` holds what was sent."""
-        tensors = _tensors(reply.content.array_records["arrays"])
+        tensors = tensors_of(reply.content.array_records["arrays"])
         tensors = {name: t.to(self.job.device) for name, t in tensors.items()}
         if _sends_weights(self.job):
             before = parameters(model)
@@ -398,7 +400,7 @@ class Tap(Grid):
         if local.kind == "gradient" or released is not None:
             step = released or self._update(reply, self.model)
             length = local.lr if local.kind == "gradient" else 1.0
-            arrays = _record(weights_after(self.model, step, length))
+            arrays = arrays_of(weights_after(self.model, step, length))
         reply.content = RecordDict({"arrays": arrays, "metrics": metrics})
 
     def _clients(self) -> dict[int, int]:

@@ -486,10 +486,10 @@ def test_accuracy_is_the_share_of_right_answers_in_eval_mode():
     ids=lambda tensor: f"{tensor.dtype}-{list(tensor.shape)}",  # without values: workers must agree
 )
 def test_arrays_are_flowers_own(tensor):
-    ours, theirs = flower._record({"t": tensor}), flower.ArrayRecord({"t": tensor})
+    ours, theirs = flower.arrays_of({"t": tensor}), flower.ArrayRecord({"t": tensor})
     assert np.array_equal(ours["t"].numpy(), tensor.numpy())
     for record in (ours, theirs):
-        back = flower._tensors(record)["t"]
+        back = flower.tensors_of(record)["t"]
         assert torch.equal(back, tensor)
         assert back.dtype == tensor.dtype
     if tensor.is_contiguous():

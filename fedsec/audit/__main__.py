@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedsec.audit.outputs import Result
     from fedsec.audit.structure import Structure
     from fedsec.audit.traffic import About, Message, Recording, Traffic
+    from fedsec.mods import Mod
 
 SHOWN = 5  # failures on the console; the files hold all
 QUIET = 5.0  # seconds between two lines of progress
@@ -77,12 +78,14 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--threat", default="honest_server", metavar="NAME",
                      help="what the attack knows; default: honest_server")  # fmt: skip
     own.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="words",
-                     help="of the attack, as attack.budget=2000; may be given often")  # fmt: skip
+                     help="as attack.budget=2000 or defense.ratio=0.99")  # fmt: skip
     own.add_argument("--attack-rounds", default="1", metavar="N,N", help="default: 1")
     own.add_argument("--victims", type=int, default=2, metavar="N",
                      help="updates of a round that are attacked; default: 2")  # fmt: skip
     own.add_argument("--data", default="", metavar="MODULE:LOAD",
                      help="of a client's number: its images and labels, for --replay")  # fmt: skip
+    own.add_argument("--defense", metavar="NAME,NAME",
+                     help="run once more with these as client mods, as prune,noise")  # fmt: skip
     own.add_argument("--fail-above", metavar="psnr=DB", help="exit 3 if an image comes out better")
     own.add_argument("--accept", metavar="FILE", help="TOML: findings to live with, and why")
     own.add_argument("--fail-on", choices=("low", "medium", "high"), help="exit 3 from there on")
@@ -120,8 +123,12 @@ def _main(asked: argparse.Namespace, words: Sequence[str]) -> int:
     accepted = findings.read_accepted(Path(asked.accept)) if asked.accept else []
     out = _out(asked)
     plan = _plan(asked)
+    if asked.defense:
+        _refuse_defense(asked)
     seen = _replayed(asked, console) if asked.replay else _watched(asked, console, plan)
     result = _judged(asked, seen, accepted, plan, console, words)
+    if asked.defense and result.status == "done":
+        result = _compared(asked, seen, result, plan, console)
     out = out or _free(result.traffic.about.app)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -141,6 +148,7 @@ class Seen:
     truths: list[Truth]
     folder: Path  # where the app's modules are looked for
     settings: dict[str, Any]  # that decide what was seen
+    again: Callable[[Mod], Seen] | None = None  # the app once more, with this mod of its clients
 
 
 def _checked(asked: argparse.Namespace) -> None:
@@ -148,6 +156,8 @@ def _checked(asked: argparse.Namespace) -> None:
     for key, least in (("rounds", 0), ("clients", 0), ("limit", 1)):
         require(getattr(asked, key) >= least, key, f"must be at least {least}", getattr(asked, key))
     require(asked.patience > 0, "patience", "must be above 0 seconds", asked.patience)
+    require(not (asked.replay and asked.defense), "defense", "needs the app, not a recording",
+            asked.defense)  # fmt: skip
     alone = not (asked.folder or asked.server or asked.client or asked.record)
     require(not asked.replay or alone, "replay", "takes no app, and records nothing", asked.folder)
     require(asked.victims >= 1, "victims", "must be at least 1", asked.victims)
@@ -223,6 +233,14 @@ def _plan(asked: argparse.Namespace) -> Plan | None:
     )
 
 
+def _refuse_defense(asked: argparse.Namespace) -> None:
+    """Before the app runs."""
+    from fedsec.audit import price
+    from fedsec.mods import defend
+
+    defend(price.named(asked.defense, asked.words))
+
+
 def _replayed(asked: argparse.Namespace, console: Console) -> Seen:
     from fedsec.audit.traffic import replay
 
@@ -275,22 +293,26 @@ def _watched(asked: argparse.Namespace, console: Console, plan: Plan | None) -> 
         assert record is not None
         return Recording(record, about, asked.limit * 10**6)
 
-    start = time.monotonic()
-    with _unwritten(), _placed(asked.cwd):
-        traffic, truths = tap.run(
-            app, heard, clients=clients, rounds=asked.rounds, seed=asked.seed,
-            limit=asked.limit * 10**6, patience=asked.patience,
-            recording=recording if record else None, progress=_progress(console),
-            attacked=plan.rounds if plan else (),
-        )  # fmt: skip
-    took = time.monotonic() - start
-    sent = sum(m.size for m in traffic.messages if m.up) / 1e6
-    many = f"{traffic.rounds} rounds, {len(traffic.trained)} updates"
-    seen = f"{many}, {len(traffic.messages)} messages, {sent:.1f} MB from clients"
-    console.line("watched", f"{seen}, in {took:.1f} s")
     settings = {"clients": clients, "rounds": asked.rounds or "the app's own", "seed": asked.seed,
                 "run config": config, "limit": f"{asked.limit} MB of arrays"}  # fmt: skip
-    return Seen(traffic, truths, folder, settings)
+
+    def watch(mod: Mod | None) -> Seen:
+        start = time.monotonic()
+        with _unwritten(), _placed(asked.cwd):
+            traffic, truths = tap.run(
+                app, heard, clients=clients, rounds=asked.rounds, seed=asked.seed,
+                limit=asked.limit * 10**6, patience=asked.patience,
+                recording=recording if record and mod is None else None,
+                progress=_progress(console), attacked=plan.rounds if plan else (), mod=mod,
+            )  # fmt: skip
+        took = time.monotonic() - start
+        sent = sum(m.size for m in traffic.messages if m.up) / 1e6
+        many = f"{traffic.rounds} rounds, {len(traffic.trained)} updates"
+        seen = f"{many}, {len(traffic.messages)} messages, {sent:.1f} MB from clients"
+        console.line("defended" if mod else "watched", f"{seen}, in {took:.1f} s")
+        return Seen(traffic, truths, folder, settings, watch)
+
+    return watch(None)
 
 
 def _progress(console: Console) -> Callable[[Message], None]:
@@ -380,6 +402,34 @@ def _attacked(seen: Seen, plan: Plan | None, console: Console) -> tuple[list[dic
         return [], ["interrupted: the attack was left out"]
 
 
+def _compared(
+    asked: argparse.Namespace, seen: Seen, result: Result, plan: Plan | None, console: Console
+) -> Result:
+    """Beside what the app gives away and reaches, the same with a defense, which attacks know."""
+    from fedsec.audit import lint, price
+    from fedsec.mods import defend
+
+    assert seen.again is not None
+    defense = price.named(asked.defense, asked.words)
+    mod = defend(defense, seed=asked.seed)
+    after = seen.again(mod)
+    knowing = replace(plan, defense=defense) if plan else None
+    leaks, remarks = _attacked(after, knowing, console)
+    more = [f"{note} [{asked.defense}]" for note in
+            (*after.traffic.notes, *_failed(after.traffic), *remarks)]  # fmt: skip
+    found = lint.lint(after.traffic, _given(asked, after.folder))
+    if knowing is not None:
+        from fedsec.audit import attacked
+
+        found += attacked.findings(leaks, knowing)
+    rows = (
+        price.row("none", seen.traffic, result.findings, result.leaks, None),
+        price.row(asked.defense, after.traffic, found, leaks, defense),
+    )
+    notes = (*result.notes, *more)
+    return replace(result, compared=rows, notes=notes, status=_ended(notes))
+
+
 def _promise(asked: argparse.Namespace) -> Promise | None:
     from fedsec.audit.mechanisms import Promise
 
@@ -450,6 +500,9 @@ def _show(result: Result, out: Path, console: Console) -> None:
     more = f" ({accepted} more accepted)" if accepted else ""
     if result.leaks:
         console.line("images", _scores(result.leaks))
+    for row in result.compared:
+        said = ", ".join(f"{k} {v:,.6g}" for k, v in row.items() if isinstance(v, int | float))
+        console.line("compared", f"defense {row['defense']}: {said}")
     console.line("found", outputs.counted(result.open) + more)
     if not result.findings:
         console.line("", "no rule found a leak; that is no proof that there is none")

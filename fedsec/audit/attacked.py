@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ class Plan:
     rounds: tuple[int, ...]
     victims: int  # updates of a round that are attacked
     seed: int
+    defense: Defense = field(default_factory=Defense)  # that the clients use, and attacks know
 
 
 class Network(nn.Module):
@@ -144,7 +145,7 @@ def _one(
     )
     if trained is None:
         raise Refused("attack", "the update has to travel in clear, and to be kept")
-    exchange = _exchange(trained, truth, span)
+    exchange = replace(_exchange(trained, truth, span), defense=plan.defense)
     plan.attack.check(exchange.model)
     rng = stream(plan.seed, "attack", truth.round, truth.client)
     start = time.perf_counter()
@@ -235,7 +236,8 @@ def chosen(
     from fedsec import config, run
     from fedsec.threat import admit
 
-    cfg, names = run.composed([f"attack={attack}", f"threat={threat}", *words])
+    own_words = [word for word in words if not word.lstrip("+~").startswith("defense.")]
+    cfg, names = run.composed([f"attack={attack}", f"threat={threat}", *own_words])
     settings = config.settings(cfg, names)
     presets = config.presets("threat", [run.CONFIGS])
     own: Attack = settings.attack

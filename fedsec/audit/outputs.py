@@ -33,6 +33,7 @@ class Result:
     command: str
     settings: dict[str, Any] = field(default_factory=dict)  # that decide what was seen
     leaks: tuple[dict[str, Any], ...] = ()  # of attacks: one for each image
+    compared: tuple[dict[str, Any], ...] = ()  # without a defense, and with it
 
     @property
     def open(self) -> tuple[Finding, ...]:
@@ -73,6 +74,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "status": result.status,
         "findings": [_finding(f) for f in result.findings],
         "leaks": list(result.leaks),
+        "compared": list(result.compared),
         "notes": list(result.notes),
         "settings": result.settings,
         "traffic": summary(result.traffic),

@@ -66,6 +66,7 @@ def _said(result: outputs.Result) -> dict[str, Any]:
         "summary": outputs.summary(result.traffic),
         "settings": result.settings,
         "leaks": result.leaks,
+        "compared": result.compared,
         "passed": [r for r in RULES.values() if all(f.rule is not r for f in result.findings)],
         "versions": ", ".join(f"{k} {v}" for k, v in about.versions.items() if v),
         "command": result.command,

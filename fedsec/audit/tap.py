@@ -26,6 +26,7 @@ from fedsec.audit.structure import Structure
 from fedsec.audit.traffic import About, Recording, Traffic, Values, Watched
 from fedsec.audit.watch import Watch
 from fedsec.flower import InlineGrid, name_this_process, silent
+from fedsec.mods import Mod
 from fedsec.records import NotSaved, versions
 
 FAILED = 2  # Flower's code of a client that raised an error
@@ -197,11 +198,18 @@ class AppGrid(InlineGrid):
     """
 
     def __init__(
-        self, app: App, clients: int, heard: Heard, tap: Tap, attacked: Sequence[int] = ()
+        self,
+        app: App,
+        clients: int,
+        heard: Heard,
+        tap: Tap,
+        attacked: Sequence[int] = (),
+        mod: Mod | None = None,
     ):
         super().__init__(app.client, clients, app.config)
         self.heard, self.tap = heard, tap
         self.attacked = set(attacked)  # rounds
+        self.mod = mod  # of a defense, around the app's own
         self.truths: list[Truth] = []
         self.structure: Structure | None = None
         self.legacy = _legacy(app.client)
@@ -215,7 +223,7 @@ class AppGrid(InlineGrid):
             watch = Watch(self.structure, kind.startswith("train") and round in self.attacked)
             try:
                 with watch():
-                    reply = self.app(message, context)
+                    reply = self._called(message, context)
             except Exception as error:
                 reason = "".join(traceback.format_exception(error))
                 return Message(Error(code=FAILED, reason=reason), reply_to=message)
@@ -226,6 +234,9 @@ class AppGrid(InlineGrid):
             self._remember(watch, round, context)
             self.tap.watched[message.metadata.message_id] = self._watched(watch, message, reply)
             return reply
+
+    def _called(self, message: Message, context: Context) -> Any:
+        return self.mod(message, context, self.app) if self.mod else self.app(message, context)
 
     def _remember(self, watch: Watch, round: int, context: Context) -> None:
         """What an attack on this reply is measured against, where it was heard whole."""
@@ -290,10 +301,12 @@ def run(
     recording: Callable[[About], Recording] | None = None,
     progress: Told = lambda message: None,
     attacked: Sequence[int] = (),
+    mod: Mod | None = None,
 ) -> tuple[Traffic, list[Truth]]:
     """Everything that travelled while the app ran, and what went wrong meanwhile.
 
-    And of the `attacked` rounds, what the clients trained on.
+    And of the `attacked` rounds, what the clients trained on. `mod` is inserted around the
+    client's own.
 
     `limit`: bytes of arrays that are kept, in memory as in a recording. `patience`: seconds
     without any message after which the app counts as hanging. Nothing of what was seen is lost
@@ -313,7 +326,7 @@ def run(
                 kept.add = lambda message: None  # type: ignore[method-assign]
 
     tap = Tap(limit, rounds, told)
-    grid = AppGrid(app, clients, heard, tap, attacked)
+    grid = AppGrid(app, clients, heard, tap, attacked, mod)
     serving = (app, TapGrid(grid, tap), seed, notes)
     ended = threading.Thread(target=_serve, args=serving, daemon=True)
     try:
