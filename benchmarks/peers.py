@@ -70,7 +70,7 @@ GRANTS = ("model", "update", "count", "shape", "mode", "data_range", "labels")
 CLOCKS = {"wall": "perf_counter", "cpu": "process_time"}  # of the module time
 STEPS = 75  # of a step timing: 50 of fedsec's are between two marks, 74 of the peer's
 TURNS = 3  # of timing the run that reaches the peer's quality
-TUNING = 4  # images of the training split on which weights and step lengths are chosen
+TUNING = 10  # images of the training split on which weights and step lengths are chosen
 APART = 53  # between two of them: neighbours look alike
 LENGTHS = (0.5, 1.0, 2.0)  # multiples of the configured step length that are tried
 ROUNDING = 0.01  # dB by which a run may miss the quality that it is to reach
@@ -568,7 +568,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--lanes", type=int, default=8, help="of fedsec, all in one step")
     parser.add_argument("--pairs", type=int, default=5, help="of step timings, taking turns")
     parser.add_argument(
-        "--tv", type=float, nargs="+", default=[0.001, 0.01, 0.1],
+        "--tv", type=float, nargs="+", default=[0.001, 0.01, 0.03, 0.1],
         help="smoothness weights that are offered to both sides; one: nothing is tuned; fedsec's"
         " is tv=VALUE among its overrides, if there is one",
     )  # fmt: skip
