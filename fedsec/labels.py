@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fedsec.checks import require
 from fedsec.cost import counted
+from fedsec.defense import parts
 from fedsec.models import last_linear
 from fedsec.rng import stream
 from fedsec.threat import Observation
@@ -105,8 +106,9 @@ def _last_layers(seen: Observation) -> list[Last]:
     """One for each victim.
 
     An update of several local steps is brought back to one gradient's scale if the server's
-    knowledge of them is granted.
+    knowledge of them is granted; and one that a defense shortened, as it is known to do.
     """
+    shortens = "defense" in seen.grants and any(not part.turns for part in parts(seen.defense))
     name, layer = last_linear(seen.model)
     update = seen.sent
     local = seen.step
@@ -133,6 +135,10 @@ def _last_layers(seen: Observation) -> list[Last]:
             gradient, error = rows.sum(1), math.inf
         if noise > LOUD * float(rows.abs().max()) or (layer.bias is None and seen.count > 1):
             gradient, error = _from_rows(rows, start()[0], noise, gradient, error, seen.count)
+        if shortens:
+            length = kept(gradient, start()[1].softmax(1).mean(0), seen.count)
+            rows, gradient = rows / length, gradient / length
+            noise, error = noise / length, error / length**2
         after = functools.partial(end, v)
         found.append(
             Last(rows, gradient, noise, error, weight, bias, seen.count, local, start, after)
@@ -267,6 +273,18 @@ def bias_counts(
     share = (expected - gradient).clamp_min(0)
     # noise may deny every class: then guess from p
     return named(whole(share if share.sum() > 0 else expected, count))
+
+
+def kept(gradient: Float[Tensor, " k"], expected: Float[Tensor, " k"], count: int) -> float:
+    """What is left of the length of an update that was scaled down, in (0, 1]; ours.
+
+    The bias gradient of a class that no image has is its mean prediction p itself: the median of
+    gradient / `expected` over as many classes, with the largest ratios, as must be absent; with as
+    many images as classes, of one, which assumes that one is.
+    """
+    absent = max(1, len(gradient) - count)
+    ratios = (gradient / expected).sort(descending=True).values[:absent]
+    return float(ratios.median().clamp(1e-9, 1.0))
 
 
 def ilrg(

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from attacks.idlg import IDLG
 from attacks.inverting import Inverting
+from defenses.clip import Clip
 from fedsec import engine, labels
 from fedsec.checks import Refused
 from fedsec.client import mean_gradient
@@ -335,6 +336,32 @@ def test_dummies_are_given_up_where_the_gradient_contradicts_them():
 
 
 # ---- edges --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("method", BATCHES)
+def test_an_update_that_is_known_to_be_clipped_tells_the_same_labels(photos, method, count):
+    plain, _ = observation(SPECS["lenet"], patches(photos, count))
+    facts = {name: getattr(plain, name) for name in plain.grants}
+    update, known = facts["update"], labels.recover(plain, method)
+    shorter = {k: 0.05 * t for k, t in update.tensors.items()}
+    facts["update"] = replace(update, tensors=shorter)
+    clipped = Observation("test", facts | {"defense": Clip(norm=1.0)})
+    told = labels.recover(clipped, method)
+    naive = labels.recover(Observation("test", facts), method)
+    right = instance_accuracy(told, known)
+    assert right >= 0.85
+    if count > 1 and method in ("bias_counts", "rlu"):  # those that go by lengths
+        assert right > instance_accuracy(naive, known) + 0.1
+
+
+def test_what_is_left_of_a_length_is_read_off_absent_classes():
+    expected = torch.full((10,), 0.1, dtype=torch.float64)
+    share = torch.tensor([2, 1, 1, 0, 0, 0, 0, 0, 0, 0]) / 4
+    for left in (1.0, 0.3, 1e-3):
+        found = labels.kept(left * (expected - share), expected, 4)
+        assert found == pytest.approx(left)
+    assert labels.kept(3 * (expected - share), expected, 4) == 1.0  # clipping lengthens nothing
 
 
 @pytest.mark.parametrize("method", BATCHES)
