@@ -273,6 +273,7 @@ def reopen(path: str | Path, config: str = "") -> Records:
         if whole.startswith(there):  # in place: the lock is on this very file
             with open(path / CONFIG, "ab", buffering=0) as file:
                 _write(file, whole[len(there) :])
+        (path / CONFIG).touch()  # when this process took it
     except BaseException as error:
         writer.close()
         if isinstance(error, OSError):

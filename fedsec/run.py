@@ -1,6 +1,7 @@
 """The command line: `python -m fedsec.run attack=inverting defense=dpsgd`.
 
-Only this file knows Hydra. Nothing heavy is imported before the banner is printed.
+Only this file knows Hydra, but for `fedsec.cells.planned`. Nothing heavy is imported before the
+banner is printed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -24,6 +26,8 @@ from fedsec import process
 if __name__ == "__main__":
     process.enter()
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions reach us, and become one line
+# Our launchers have the names of the plugins' own, whose types they are checked against.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -31,10 +35,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Sweep
 from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsec import cells, records
+from fedsec import cells, launch, records
 from fedsec.cells import Cell
 from fedsec.checks import Refused, home_read, require
 from fedsec.console import Console
@@ -56,14 +61,29 @@ LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 
 _statuses: list[int] = []  # of the runs of this process, in order
 _turned: dict[Path, Cell] = {}  # cells of this process that did not come to a run of their own
+_launched: list[launch.Launcher] = []  # what starts the cells of this sweep elsewhere, if so
+
+
+class Launching(Callback):
+    """Hydra tells it how the cells of a sweep are started."""
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        chosen = config.hydra.launcher
+        if str(chosen._target_).endswith(".BasicLauncher"):
+            return
+        process.listen()  # nothing else in this process does
+        os.environ[launch.COMMAND] = launch.here()
+        name = str(config.hydra.runtime.choices["hydra/launcher"])
+        _launched.append(launch.Launcher(name, str(chosen.get("submitit_folder") or "")))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run what the command line says; the exit status."""
     words = sys.argv[1:] if argv is None else argv
-    typed, sweep, whole = sys.argv, None, set[Path]()
-    _statuses.clear()
-    _turned.clear()
+    typed, sweep, whole, lost = sys.argv, None, set[Path](), ""
+    for of_another in (_statuses, _turned, _launched):
+        of_another.clear()
+    os.environ.pop(launch.COMMAND, None)
     try:
         ready = prepared(words)
         sys.argv = [sys.argv[0], *ready]
@@ -71,22 +91,43 @@ def main(argv: list[str] | None = None) -> int:
         if sweep:
             whole = {cell.folder for cell in cells.find(sweep) if cell.state == cells.WHOLE}
         with process.signals_kept(), _swept(sweep, words):
-            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
+            except RuntimeError as error:
+                lost = _lost(error)
     except Refused as refusal:
         return _refused(str(refusal))
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # from Hydra: see `task`
         return _refused(_one_line(error, words))
     except KeyboardInterrupt:
-        if not _statuses:
-            print("interrupted before anything was computed", file=sys.stderr)
-        elif sweep:
+        if sweep and (_statuses or _launched):
             _summed(sweep, whole, words)
+        elif not _statuses:
+            print("interrupted before anything was computed", file=sys.stderr)
         return 130
     except SystemExit as stop:  # after Hydra's help
         return 1 if stop.code else 0
     finally:
         sys.argv = typed
+        os.environ.pop(launch.COMMAND, None)
+    if lost:
+        print(f"error: {lost}", file=sys.stderr)
     return _summed(sweep, whole, words) if sweep else max(_statuses, default=0)
+
+
+def _lost(error: RuntimeError) -> str:
+    """What a launcher says of jobs that ended without an answer, once all others have ended."""
+    unknown = re.search(r"Unknown plugin class : 'hydra_plugins\.hydra_(\w+)_launcher", str(error))
+    if unknown:
+        extra = {"submitit": "slurm"}.get(unknown[1], unknown[1])
+        raise Refused("hydra/launcher", f"needs pip install 'fedsec[{extra}]'", unknown[1])
+    if not _launched:
+        raise error
+    said = " ".join(str(error).split("Error stream")[0].split())
+    if "srun" in said:
+        raise Refused("hydra/launcher", "needs Slurm's sbatch and srun", _launched[0].name)
+    _launched[0].wait()
+    return f"{_launched[0].name}: {said[:300]}"
 
 
 def task(cfg: DictConfig) -> int:
@@ -95,6 +136,13 @@ def task(cfg: DictConfig) -> int:
     Never raises: Hydra would print more than the one line that a refusal is worth, and end a sweep.
     """
     several = str(HydraConfig.get().mode) == "RunMode.MULTIRUN"
+    if not several:
+        return _status(cfg, several)
+    with launch.job(_cell(cfg)):
+        return _status(cfg, several)
+
+
+def _status(cfg: DictConfig, several: bool) -> int:
     why = ""
     try:
         status = _run(cfg, several)
@@ -142,9 +190,12 @@ def _summed(sweep: Path, whole: set[Path], words: list[str]) -> int:
 
     What a cell's folder cannot say, since it holds something else, this process may know.
     """
-    there = {cell.folder: cell for cell in cells.find(sweep)} | _turned
+    there = {cell.folder: cell for cell in cells.every(sweep)} | _turned
     found = [there[folder] for folder in sorted(there)]
-    if all(cell.state == cells.REFUSED for cell in found):  # see `_forget_refused`
+    tried = [cell for cell in found if cell.state != cells.ABSENT]
+    if _turned and all(cell.state == cells.REFUSED for cell in tried):  # see `_forget_refused`
+        return 1
+    if not tried and not _launched:
         return max(_statuses, default=0)
     done = all(cell.state == cells.WHOLE for cell in found)
     words = [*(w for w in words if not w.startswith("out=")), f"out={sweep}"]
@@ -169,7 +220,8 @@ def _run(cfg: DictConfig, several: bool) -> int:
     warnings.filterwarnings("ignore", category=UserWarning)
     from fedsec import config, experiment
 
-    process.listen()  # modules that an exception interrupts may say anything
+    if not launch.worker():  # who started that one has its own way of ending it
+        process.listen()  # modules that an exception interrupts may say anything
     settings = config.settings(cfg, names)
     extra = [Path(s.path) for s in chosen.runtime.config_sources if s.schema == "file" and s.path]
     presets = config.presets("threat", list(dict.fromkeys([CONFIGS, *extra])))
@@ -401,6 +453,8 @@ def _swept(folder: Path | None, words: list[str]) -> Iterator[None]:
     plan = folder / "multirun.yaml"
     try:
         yield
+    except HydraException:  # some are an OSError too
+        raise
     except OSError as error:  # of Hydra: see `task`
         raise Refused("out", f"must be writable ({error.strerror})", folder) from None
     finally:
@@ -416,9 +470,14 @@ def _swept(folder: Path | None, words: list[str]) -> Iterator[None]:
 def _forget_refused(sweep: Path) -> None:
     """Where every cell was refused the words were wrong, and nothing is written."""
     there = cells.find(sweep)
-    if all(cell.state == cells.REFUSED for cell in there):
+    if there and all(cell.state == cells.REFUSED for cell in there):
         for cell in there:
+            if cell.folder not in _turned:  # a worker said so, in its log
+                _refused(cell.why)
+                _turned[cell.folder] = cell
             cells.clear(cell.folder)
+        for left in (".submitit", cells.LOGS):
+            shutil.rmtree(sweep / left, ignore_errors=True)
 
 
 def _refused(line: str) -> int:
@@ -456,4 +515,6 @@ def _one_line(error: Exception, words: list[str]) -> str:
 
 
 if __name__ == "__main__":
+    from fedsec.run import main  # by this name a worker in another process finds `task`
+
     process.leave(main())
