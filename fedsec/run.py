@@ -26,8 +26,6 @@ from fedsec import process
 if __name__ == "__main__":
     process.enter()
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # its exceptions reach us, and become one line
-# Our launchers have the names of the plugins' own, whose types they are checked against.
-warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -46,6 +44,9 @@ from fedsec.console import Console
 
 if TYPE_CHECKING:
     from fedsec.experiment import Plan
+
+# Our launchers have the names of the plugins' own, whose types they are checked against.
+warnings.filterwarnings("ignore", r"\s*'hydra/launcher/\w+' is validated against ConfigStore")
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 GROUPS = ("attack", "defense", "threat", "client", "data", "model", "federation")
