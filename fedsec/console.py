@@ -67,7 +67,7 @@ class Stage:
         self.first = self.first or (now, done)
         seconds, units = now - self.first[0], done - self.first[1]
         if seconds > 0 and units > 0 and done < total:
-            said = [*said, f"about {_duration((total - done) * seconds / units)} left"]
+            said = [*said, f"about {duration((total - done) * seconds / units)} left"]
         self.bar.update(self.task, completed=done, total=total, extra="  ".join(said))
         if log and now - self.console.began >= QUIET and now - self.said >= EVERY:
             self.said = now
@@ -106,7 +106,7 @@ class Console:
     def plan(self, device: str, torch_version: str, seed: int, work: str, seconds: float) -> None:
         self.line("device", f"{device}   torch {torch_version}   seed {seed}")
         self.line("plan", work)
-        self.line("", f"about {_duration(seconds)}")
+        self.line("", f"about {duration(seconds)}")
         self.terminal.print()
 
     @contextmanager
@@ -156,7 +156,7 @@ def _rate(steps: float) -> str:
     return f"{steps:.0f}" if steps >= 10 else f"{steps:.2g}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(5, round(seconds / 5) * 5)} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from itertools import count
@@ -37,7 +37,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedsec import cells, launch, records
+from fedsec import cells, launch, records, status
 from fedsec.cells import Cell
 from fedsec.checks import Refused, home_read, require
 from fedsec.console import Console
@@ -63,6 +63,7 @@ LIST = re.compile(r"^(\+{0,2}defense)=\[(.*)\]$")
 _statuses: list[int] = []  # of the runs of this process, in order
 _turned: dict[Path, Cell] = {}  # cells of this process that did not come to a run of their own
 _launched: list[launch.Launcher] = []  # what starts the cells of this sweep elsewhere, if so
+_watched = ExitStack()  # what shows how they get on, until it is closed
 
 
 class Launching(Callback):
@@ -76,6 +77,7 @@ class Launching(Callback):
         os.environ[launch.COMMAND] = launch.here()
         name = str(config.hydra.runtime.choices["hydra/launcher"])
         _launched.append(launch.Launcher(name, str(chosen.get("submitit_folder") or "")))
+        _watched.enter_context(status.shown(Path(str(config.hydra.sweep.dir)), Console()))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         sweep = _sweep(ready)
         if sweep:
             whole = {cell.folder for cell in cells.find(sweep) if cell.state == cells.WHOLE}
-        with process.signals_kept(), _swept(sweep, words):
+        with process.signals_kept(), _swept(sweep, words), _watched:
             try:
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="run")(task)()
             except RuntimeError as error:
