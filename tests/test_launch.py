@@ -58,7 +58,7 @@ def test_the_status_has_a_line_for_each_cell(tmp_path, capsys):
     cell(sweep, "001-b-none-0", now - 900, failed, took=60)
     held = cell(sweep, "002-c-none-0", now - 300)
     (sweep / cells.LOGS).mkdir()
-    cells.log(held).write_text("x\nattack       none  1/2 images  about 2 min left\n")
+    cells.log(held).write_text("x\nattack       none  1/2 images  2 min left\n")
     with open(held / "config.yaml", "rb") as lock:
         import fcntl
 
@@ -68,7 +68,7 @@ def test_the_status_has_a_line_for_each_cell(tmp_path, capsys):
     assert said == [
         "done         000-a-none-0  10 min  reused none",
         "failed       001-b-none-0  60 s  OSError: no",
-        f"running      002-c-none-0  since {since} (5 min)  attack none 1/2 images about 2 min left",
+        f"running      002-c-none-0  since {since} (5 min)  attack none 1/2 images 2 min left",
         "not started  003  attack=d",
         "not started  004  attack=e",
         "sweep        5 cells: 2 not started, 1 done, 1 running, 1 failed; about 25 min left",
