@@ -277,18 +277,17 @@ def through(mod, before: Arrays, after: Arrays) -> Arrays:
 
 
 def audited(mod, before: Arrays, after: Arrays, rounds: int = 1, **more) -> set[str]:
-    claim = of_mod(mod)
+    """The findings of so many rounds, each with noise of its own unless `sent` travelled."""
+    claim, known = of_mod(mod), more.pop("sent", None)
     assert claim is not None
-    sent = more.pop("sent", None) or through(mod, before, after)
-    seen = Watched(mechanisms=measured(before, after, sent, mod.clipping_norm))
-    one = traffic(before, sent, watched=seen, claims=(claim,))
-    messages = [
-        replace(
-            m, number=m.number + 2 * r, round=r + 1, about=m.about if m.about is None else 2 * r
-        )
-        for r in range(rounds)
-        for m in one.messages
-    ]
+    messages = []
+    for r in range(rounds):
+        sent = known or through(mod, before, after)
+        seen = Watched(mechanisms=measured(before, after, sent, mod.clipping_norm))
+        one = traffic(before, sent, watched=seen, claims=(claim,))
+        for m in one.messages:
+            about = m.about if m.about is None else 2 * r
+            messages.append(replace(m, number=m.number + 2 * r, round=r + 1, about=about))
     return ids(judged(replace(one, messages=tuple(messages)), **more))
 
 
