@@ -126,8 +126,8 @@ def _lost(error: RuntimeError) -> str:
         raise Refused("hydra/launcher", f"needs pip install 'fedsec[{extra}]'", unknown[1])
     if not _launched:
         raise error
-    said = " ".join(str(error).split("Error stream")[0].split())
-    if "srun" in said:
+    said = " ".join(re.split("(?:No e|E)rror stream", str(error))[0].split())
+    if said.startswith('Could not detect "srun"'):
         raise Refused("hydra/launcher", "needs Slurm's sbatch and srun", _launched[0].name)
     _launched[0].wait()
     return f"{_launched[0].name}: {said[:300]}"
