@@ -498,7 +498,9 @@ class _Lanes:
             single = update.count == seen.count == seen.step.steps == 1
             self._know(seen.defense, single)
         if search.direction:  # an update scaled to nothing still points somewhere
-            squares = [t.double().flatten(1).square().sum(1) for t in self.observed.values()]
+            squares = [
+                t.double().reshape(len(t), -1).square().sum(1) for t in self.observed.values()
+            ]
             length = torch.stack(squares).sum(0).sqrt()
             length = torch.where(length > 0, length, 1)
             self.observed = {

@@ -74,7 +74,7 @@ def noise_share(seen: Observation) -> Float[Tensor, " v"] | None:
     update = seen.sent
     deviation = seen.step.diluted * math.hypot(*seen.defense.noise(seen.step))
     entries = sum(t[0].numel() for t in update.tensors.values())
-    squares = [t.flatten(1).square().sum(1) for t in update.tensors.values()]
+    squares = [t.reshape(len(t), -1).square().sum(1) for t in update.tensors.values()]
     whole = torch.stack(squares).sum(0).clamp_min(1e-30)
     return (deviation**2 * entries / whole).clamp(max=1.0)
 

@@ -58,7 +58,7 @@ def smooth(
     update = seen.sent
     mask = seen.defense.mask(update) if "defense" in seen.grants else None
     if mask is not None:
-        known = torch.stack([kept.flatten(1).sum(1) for kept in mask.values()]).sum(0)
+        known = torch.stack([kept.reshape(len(kept), -1).sum(1) for kept in mask.values()]).sum(0)
     else:
         first = next(iter(update.tensors.values()))
         known = first.new_full((len(first),), sum(t[0].numel() for t in update.tensors.values()))

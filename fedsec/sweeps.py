@@ -850,7 +850,7 @@ class LaneStep:
             raise Unsupported("the update is not of all parameters")
         self.observed = {k: observed[k].detach().contiguous() for k in self.program.names}
         self.distance = distance
-        flat = [o.flatten(1).square().sum(1) for o in self.observed.values()]
+        flat = [o.reshape(len(o), -1).square().sum(1) for o in self.observed.values()]
         self.target = torch.stack(flat).sum(0)  # [v]
         self.victims: list[int] = []  # of the last call's lanes,
         self.rows = torch.empty(0)  # and the same as an index on the device
