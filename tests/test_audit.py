@@ -16,7 +16,7 @@ import pytest
 from flwr.app import Array
 
 from fedsec.audit.__main__ import main
-from fedsec.audit.traffic import About, Message, Recording, replay
+from fedsec.audit.traffic import About, Message, Recording, Values, replay
 from fedsec.records import NotSaved
 
 APPS = Path(__file__).parent / "apps"
@@ -211,6 +211,10 @@ WRONG = {
     "model": [str(APPS / "numpyclient"), "--model", "numpyclient_mlp.task:Missing"],
     "serverapp": [str(APPS / "quickstart"), "--server", "quickstart_pytorch.task:Net"],
     "command line": ["--fail-on", "never"],
+    "seed": [str(APPS / "quickstart"), "--seed", "-1"],
+    "set": [str(APPS / "quickstart"), "--set", "defense.ratio=0.9"],
+    "defense": [str(APPS / "quickstart"), "--defense", ""],
+    "fail-above": [str(APPS / "quickstart"), "--attack", "linear", "--fail-above", "psnr=nan"],
 }
 
 
@@ -222,6 +226,20 @@ def test_wrong_input_is_one_line(key, tmp_path, monkeypatch, capsys):
     assert error.startswith(f"error: {key}: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("more", [["--out", "file/out"], ["--model", "missing:Net"]])
+def test_wrong_input_is_refused_before_the_app_runs(more, written, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    ran = tmp_path / "ran"
+    folder = written("bad_runs", f"__import__('pathlib').Path({str(ran)!r}).touch()")
+    assert main([str(folder), "--out", "out"]) == 2
+    assert ran.exists()  # else the next lines could not fail
+    ran.unlink()
+    assert main([str(folder), *([] if "--out" in more else ["--out", "other"]), *more]) == 1
+    assert not ran.exists()
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {more[0][2:]}: ")
 
 
 # ---------------------------------------------------------------- recordings that are damaged
@@ -262,6 +280,45 @@ def test_a_recording_whose_run_was_killed_can_be_replayed(copied, capsys):
     header.write_text(header.read_text().replace('"status": "whole"', '"status": "open"'))
     assert replayed(copied, 2) == EXPECTED["numpyclient"]
     assert "cut short, its run was ended before it was done" in capsys.readouterr().err
+
+
+FORGED = {
+    "number": "a", "round": None, "about": [1], "kind": 5, "size": "x", "metrics": {"m": 5},
+    "watched": {"batches": ["a"]}, "arrays": {"arrays": {"file": "a\0b", "names": {"w": "0"}}},
+}  # fmt: skip
+
+
+def forge(folder: Path, **values) -> None:
+    """Replaces these values in every message, and mends the checksums."""
+    path = folder / "messages.jsonl"
+    lines = []
+    for line in path.read_text().splitlines():
+        said = json.loads(line)["message"] | values
+        text = json.dumps(said)
+        row = {"message": said, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
+
+
+@pytest.mark.parametrize("key", FORGED)
+def test_forged_messages_are_left_out(key, copied, capsys):
+    forge(copied)
+    assert replayed(copied, 0) == EXPECTED["numpyclient"]  # mended checksums hold
+    shutil.rmtree(copied.parent / "replayed")
+    forge(copied, **{key: FORGED[key]})
+    assert replayed(copied, 2) == set()
+    assert "error: recording: message" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["x", {"layers": 5}, {"layers": [{"name": 1}]}])
+def test_a_forged_header_is_refused(value, copied, capsys):
+    header = json.loads((copied / "recording.json").read_text())
+    header["about"]["structure"] = value
+    (copied / "recording.json").write_text(json.dumps(header))
+    assert replayed(copied, 1) == set()
+    (copied / "recording.json").write_text("[" * 100_000)
+    assert replayed(copied, 1) == set()
+    assert capsys.readouterr().err.count("error: replay: ") == 2
 
 
 class Evil:
@@ -330,7 +387,7 @@ def test_a_recording_keeps_to_its_limit(tmp_path):
     about = About("app", 1, {}, {})
     recording = Recording(tmp_path / "record", about, limit=1000)
     for number in range(3):
-        record = {"w": Array(np.full(200, number, np.float32))}
+        record: dict[str, Values] = {"w": Array(np.full(200, number, np.float32))}
         message = Message(number, False, "train", 1, 0, None, {"arrays": record}, {}, {})
         recording.add(message)
     recording.finish(about)
@@ -373,7 +430,8 @@ def test_the_gate_fails_from_its_severity_on(recorded, tmp_path, capsys):
 @pytest.mark.parametrize(
     "text",
     ["[", "accept = 1", "[[accept]]\nid = 'last-bias@fc'", "[[accept]]\nid='nothing'\nreason='x'",
-     "[[accept]]\nid='last-bias@*'\nreason=' '", "[[accept]]\nid='last-bias'\nreason='x'\nuntil=1"],
+     "[[accept]]\nid='last-bias@*'\nreason=' '",
+     "[[accept]]\nid='last-bias@*'\nreason='x'\nuntil=1", "[[accept]]\nid='last-bias'\nreason='x'"],
 )  # fmt: skip
 def test_a_wrong_list_of_accepted_findings_is_refused(text, recorded, tmp_path, capsys):
     (tmp_path / "accept.toml").write_text(text)

@@ -17,6 +17,11 @@ from fedsec.engine import simulate
 
 APPS = Path(__file__).parent / "apps"
 CHEAP = ["--attack", "linear"]
+MECHANISM = {  # of localdp in one round; a defense around it may not explain its noise
+    "dp-scalar@temperature",
+    "dp-counter@bn1.num_batches_tracked",
+    "dp-sensitivity@LocalDpMod",
+}
 
 
 def watched(name: str, *rounds: int):
@@ -81,10 +86,51 @@ def test_a_recording_is_attacked_with_the_users_own_network_and_data(tmp_path, m
 
 def test_what_noise_and_secure_aggregation_hide_is_not_attacked_in_vain(tmp_path):
     out = tmp_path / "out"
-    assert main([str(APPS / "secagg"), *CHEAP, "--out", str(out)]) == 0
+    gate = ["--fail-above", "psnr=20"]
+    assert main([str(APPS / "secagg"), *CHEAP, *gate, "--out", str(out)]) == 0
     said = json.loads((out / "findings.json").read_text())
     assert said["leaks"] == []
     assert any("the update has to travel in clear" in note for note in said["notes"])
+
+
+@pytest.mark.parametrize("more", [[], ["--attack-rounds", "9"]])
+def test_a_gate_on_images_does_not_pass_where_none_could_be_attacked(more, tmp_path, capsys):
+    app = "quickstart" if not more else "numpyclient"  # which linear refuses to attack
+    words = [str(APPS / app), *CHEAP, *more, "--out", str(tmp_path / "out")]
+    assert main([*words, "--fail-above", "psnr=20"]) == 2
+    assert "error: fail-above: needs an attacked image, got none" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "findings.json").read_text())["findings"]
+
+
+@pytest.mark.parametrize(
+    ("attack", "cheap"),
+    [
+        ("inverting", "attack.steps=2"),
+        pytest.param("auto", "attack.budget=20", marks=pytest.mark.slow),
+    ],
+)
+def test_a_network_with_a_scalar_is_attacked_and_its_defense_compared(attack, cheap, tmp_path):
+    out = tmp_path / "out"
+    tries = ["--attack", attack, "--set", cheap, "--victims", "1", "--rounds", "1"]
+    words = [str(APPS / "localdp"), *tries, "--defense", "prune"]
+    assert main([*words, "--out", str(out)]) == 0
+    said = json.loads((out / "findings.json").read_text())
+    assert said["leaks"]
+    own = {f["id"] for f in said["findings"]} - {"leaked-images@train"}
+    assert own == MECHANISM
+    assert [row["findings"] for row in said["compared"]] == [0, 0]
+
+
+def test_an_attack_that_breaks_loses_nothing_of_what_was_found(tmp_path, monkeypatch):
+    def breaks(*_):
+        raise IndexError("a network that this attack is not for")
+
+    monkeypatch.setattr(attacked, "_one", breaks)
+    out = tmp_path / "out"
+    assert main([str(APPS / "numpyclient"), *CHEAP, "--out", str(out)]) == 0
+    said = json.loads((out / "findings.json").read_text())
+    assert "IndexError: a network that this attack is not for" in " ".join(said["notes"])
+    assert said["findings"]
 
 
 @pytest.mark.parametrize(

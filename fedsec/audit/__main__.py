@@ -146,8 +146,8 @@ class Seen:
 
     traffic: Traffic
     truths: list[Truth]
-    folder: Path  # where the app's modules are looked for
     settings: dict[str, Any]  # that decide what was seen
+    given: Structure | None = None  # of the network that the user names
     again: Callable[[Mod], Seen] | None = None  # the app once more, with this mod of its clients
 
 
@@ -156,6 +156,11 @@ def _checked(asked: argparse.Namespace) -> None:
     for key, least in (("rounds", 0), ("clients", 0), ("limit", 1)):
         require(getattr(asked, key) >= least, key, f"must be at least {least}", getattr(asked, key))
     require(asked.patience > 0, "patience", "must be above 0 seconds", asked.patience)
+    require(0 <= asked.seed < 2**32, "seed", "must be from 0 to 2^32 - 1", asked.seed)
+    for key in ("attack", "defense"):
+        unnamed = [w for w in asked.words if w.lstrip("+~").startswith(f"{key}.")]
+        require(bool(getattr(asked, key)) or not unnamed, "set", f"needs --{key}", *unnamed[:1])
+        require(getattr(asked, key) != "", key, "must be a name", "nothing")
     require(not (asked.replay and asked.defense), "defense", "needs the app, not a recording",
             asked.defense)  # fmt: skip
     alone = not (asked.folder or asked.server or asked.client or asked.record)
@@ -191,18 +196,29 @@ def most(gate: str | None) -> float:
     rule = "must be psnr=DB, as psnr=20"
     require(key == "psnr", "fail-above", rule, gate)
     try:
-        return float(value)
+        psnr = float(value)
     except ValueError:
         raise Refused("fail-above", rule, gate) from None
+    require(psnr < float("inf"), "fail-above", rule, gate)  # NaN is not
+    return psnr
 
 
 def _out(asked: argparse.Namespace) -> Path | None:
     if asked.out is None:
+        _refuse_unwritable(Path("outputs"))
         return None
     out = home_read("out", asked.out)
     taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
     require(not taken, "out", "must be a folder that is empty or not there", out)
+    _refuse_unwritable(out)
     return out
+
+
+def _refuse_unwritable(out: Path) -> None:
+    """Before the app runs: what is found has to have a place."""
+    there = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(writable, "out", "must be writable", out)
 
 
 def _free(app: str) -> Path:
@@ -247,7 +263,8 @@ def _replayed(asked: argparse.Namespace, console: Console) -> Seen:
     traffic = replay(home_read("replay", asked.replay))
     console.line("recording", f"{len(traffic.messages)} messages of {traffic.about.app}")
     truths = _loaded(asked, traffic) if asked.data else []
-    return Seen(traffic, truths, Path.cwd(), {"replay": asked.replay})
+    given = _given(asked, Path.cwd())
+    return Seen(traffic, truths, {"replay": asked.replay}, given)
 
 
 def _loaded(asked: argparse.Namespace, traffic: Traffic) -> list[Truth]:
@@ -281,6 +298,7 @@ def _watched(asked: argparse.Namespace, console: Console, plan: Plan | None) -> 
     record = home_read("record", asked.record).resolve() if asked.record else None
     with _unwritten(), heard.listening():
         app = apps.load(folder, asked.server, asked.client, asked.run_config, asked.rounds)
+    given = _given(asked, folder)
     clients = asked.clients or app.clients
     config = " ".join(f"{k}={v}" for k, v in app.config.items()) or "empty"
     rounds = asked.rounds or app.config.get(apps.ROUNDS) or "the app's own number of"
@@ -310,7 +328,7 @@ def _watched(asked: argparse.Namespace, console: Console, plan: Plan | None) -> 
         many = f"{traffic.rounds} rounds, {len(traffic.trained)} updates"
         seen = f"{many}, {len(traffic.messages)} messages, {sent:.1f} MB from clients"
         console.line("defended" if mod else "watched", f"{seen}, in {took:.1f} s")
-        return Seen(traffic, truths, folder, settings, watch)
+        return Seen(traffic, truths, settings, given, watch)
 
     return watch(None)
 
@@ -367,7 +385,7 @@ def _judged(
 ) -> Result:
     from fedsec.audit import findings, lint, mechanisms, outputs
 
-    traffic, given = seen.traffic, _given(asked, seen.folder)
+    traffic, given = seen.traffic, seen.given
     found = [*lint.lint(traffic, given), *mechanisms.judged(traffic, _promise(asked))]
     leaks, remarks = _attacked(seen, plan, console)
     if plan is not None:
@@ -375,6 +393,8 @@ def _judged(
 
         found += attacked.findings(leaks, plan)
     said = [*traffic.notes, *_failed(traffic), *remarks]
+    if asked.fail_above and plan is not None and not leaks and not _hidden(traffic, plan.rounds):
+        said.append("error: fail-above: needs an attacked image, got none")
     marked, vain = findings.accepting(findings.ordered(found), accepted, date.today())
     return outputs.Result(
         traffic=traffic,
@@ -386,6 +406,12 @@ def _judged(
         settings=seen.settings,
         leaks=tuple(leaks),
     )
+
+
+def _hidden(traffic: Traffic, rounds: Sequence[int]) -> bool:
+    """Whether clients sent no update in clear, as with secure aggregation: nothing to attack."""
+    trained = [t for t in traffic.trained if t.round in rounds]
+    return bool(trained) and not any(t.reply.flat or t.reply.left_out for t in trained)
 
 
 def _attacked(seen: Seen, plan: Plan | None, console: Console) -> tuple[list[dict], list[str]]:
@@ -417,13 +443,14 @@ def _compared(
     leaks, remarks = _attacked(after, knowing, console)
     more = [f"{note} [{asked.defense}]" for note in
             (*after.traffic.notes, *_failed(after.traffic), *remarks)]  # fmt: skip
-    found = lint.lint(after.traffic, _given(asked, after.folder))
+    found = lint.lint(after.traffic, after.given)
     if knowing is not None:
         from fedsec.audit import attacked
 
         found += attacked.findings(leaks, knowing)
+    before = [f for f in result.findings if not f.rule.id.startswith("dp-")]  # as `found`
     rows = (
-        price.row("none", seen.traffic, result.findings, result.leaks, None),
+        price.row("none", seen.traffic, before, result.leaks, None),
         price.row(asked.defense, after.traffic, found, leaks, defense),
     )
     notes = (*result.notes, *more)

@@ -341,10 +341,11 @@ def _accepted(row: object) -> Accepted:
     if not isinstance(row, dict) or not known:
         raise Refused("accept", rule, row)
     name, reason, until = row["id"], row["reason"], row.get("until")
-    require(isinstance(name, str) and name.partition("@")[0] in {*RULES, "*"}, "accept.id",
-            f"must begin with one of {', '.join(RULES)}", name)  # fmt: skip
+    known = isinstance(name, str) and name.partition("@")[0] in {*RULES, "*"}
+    require(known, "accept.id", f"must begin with one of {', '.join(RULES)}", name)
+    require("@" in name or name == "*", "accept.id", f"must say where, as {name}@*", name)
     spoken = isinstance(reason, str) and bool(reason.strip())
     require(spoken, "accept.reason", "must say why", reason)
     dated = until is None or (isinstance(until, date) and not isinstance(until, datetime))
-    require(dated, "accept.until", "must be a date, as 2027-01-31", until)
+    require(dated, "accept.until", "must be a date, as 2027-01-31 without quotes", repr(until))
     return Accepted(name, reason, until)

@@ -359,13 +359,13 @@ def replay(folder: Path) -> Traffic:
     """
     path = folder / HEADER
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = _formed(json.loads(path.read_text(encoding="utf-8")), _HEADER)
         require(said["format"] == FORMAT, "replay", f"must be a {FORMAT}", folder)
         about = _about(said["about"])
         status, count, full = said["status"], said["messages"], said["full"]
     except FileNotFoundError:
         raise Refused("replay", f"must be a folder with a {HEADER}", folder) from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, Refused):
             raise
         raise Refused("replay", f"must hold a {HEADER} that is whole", folder) from None
@@ -373,7 +373,7 @@ def replay(folder: Path) -> Traffic:
     for number, line in enumerate(_lines(folder / MESSAGES), 1):
         try:
             messages.append(_message(line, folder))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             notes.append(f"error: recording: {MESSAGES} line {number} is damaged; it is left out")
     for index, message in enumerate(messages):
         trouble = _trouble(message)
@@ -398,7 +398,7 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 def _message(line: bytes, folder: Path) -> Message:
     row = json.loads(line)
-    said = row["message"]
+    said = _formed(row["message"], _MESSAGE)
     if _sha(json.dumps(said, allow_nan=False).encode()) != row["sha256"]:
         raise ValueError
     arrays: dict[str, dict[str, Values]] = {
@@ -413,7 +413,7 @@ def _message(line: bytes, folder: Path) -> Message:
         **{k: seen[k] for k in ("steps", "lr", "optimiser")},
         batches=tuple(seen["batches"]),
         mods=tuple(seen["mods"]),
-        mechanisms={k: Mechanism(**m) for k, m in seen["mechanisms"].items()},
+        mechanisms={k: Mechanism(**_measured(m)) for k, m in seen["mechanisms"].items()},
     )
     return Message(
         **{k: said[k] for k in ("number", "up", "kind", "round", "client", "about", "size")},
@@ -424,11 +424,74 @@ def _message(line: bytes, folder: Path) -> Message:
     )
 
 
+def _measured(said: dict[str, Any]) -> dict[str, Any]:
+    return {k: math.nan if v is None else v for k, v in said.items()}  # as _finite left it
+
+
+# The form of what a recording holds: a type, alternatives, [of each], {of each by name}, and
+# {name: of that one} for what has these names.
+_NUMBER = (int, float, type(None))  # None: it was not finite
+_SETTING = (int, float, str, bool, type(None))
+_MESSAGE: dict[str, Any] = {
+    "number": int, "up": bool, "kind": str, "round": int, "client": int, "size": int,
+    "about": (int, type(None)), "error": str, "left_out": bool,
+    "arrays": {str: {"names": {str: str}}},
+    "metrics": {str: {str: object}}, "configs": {str: {str: object}},
+    "watched": {
+        "steps": int, "batches": [int], "lr": _NUMBER, "optimiser": str, "mods": [str],
+        "mechanisms": {str: {"size": int, "before": _NUMBER, "noise": _NUMBER, "factor": _NUMBER,
+                             "untouched": bool, "counter": bool}},
+    },
+}  # fmt: skip
+_STRUCTURE: dict[str, Any] = {
+    "layers": [{"name": str, "kind": str, "tensors": {str: [int]}, "weight": str, "bias": str}],
+    "source": str, "model": str, "file": str, "line": int,
+}  # fmt: skip
+_HEADER: dict[str, Any] = {
+    "status": str, "messages": int, "full": bool,
+    "about": {
+        "app": str, "clients": int, "config": {str: _SETTING}, "versions": {str: _SETTING},
+        "legacy": bool, "claims": [{"kind": str, "name": str, "settings": {str: _SETTING}}],
+        "structure": (_STRUCTURE, type(None)),
+    },
+}  # fmt: skip
+
+
+def _formed(said: Any, form: Any) -> Any:
+    """The same where it has this form; raises TypeError or KeyError."""
+    match form:
+        case tuple():
+            if not any(_fits(said, each) for each in form):
+                raise TypeError
+        case [each]:
+            for one in _formed(said, list):
+                _formed(one, each)
+        case dict() if str in form:
+            for one in _formed(said, dict).values():
+                _formed(one, form[str])
+        case dict():
+            _formed(said, dict)
+            for name, each in form.items():
+                _formed(said[name], each)
+        case _:
+            if not isinstance(said, form) or (form is int and isinstance(said, bool)):
+                raise TypeError
+    return said
+
+
+def _fits(said: Any, form: Any) -> bool:
+    try:
+        _formed(said, form)
+    except (TypeError, KeyError):
+        return False
+    return True
+
+
 def _trouble(message: Message) -> str:
     try:
         for values in message.flat.values():
             values.numpy()
-    except (Damaged, KeyError, OSError) as error:
+    except (Damaged, KeyError, OSError, ValueError) as error:  # a path that cannot be one
         return str(error) if isinstance(error, Damaged) else "an arrays file is missing"
     return ""
 
