@@ -65,6 +65,12 @@ def test_an_app_has_exactly_its_findings_and_keeps_its_files(name, tmp_path, mon
     }
 
 
+def test_an_app_has_its_mechanisms_findings_however_often_a_process_audits_it(tmp_path):
+    for turn in ("first", "second"):  # its modules are imported once
+        assert main([str(APPS / "localdp"), "--out", str(tmp_path / turn)]) == 0
+        assert set(findings(tmp_path / turn)) == EXPECTED["localdp"]
+
+
 @pytest.mark.parametrize("name", EXPECTED)
 def test_its_clean_twin_has_none(name, tmp_path):
     twin = APPS / f"{name}_clean"

@@ -36,6 +36,7 @@ SERVER = {
 
 Arrays = dict[str, Values]
 Call = Callable[[Message, Context], Any]  # a Message, if the app does what it should
+_listeners: list[Heard] = []  # the last one listens: an app that is loaded once may run often
 
 
 @dataclass
@@ -49,12 +50,13 @@ class Heard:
     def innermost(self, mods: Sequence[Any]) -> Callable[[Message, Context, Call], Any]:
         def probe(message: Message, context: Context, call: Call) -> Any:
             reply = call(message, context)
-            self.mods = tuple(mods)
+            now = _listeners[-1] if _listeners else self
+            now.mods = tuple(mods)
             for claim in map(of_mod, mods):
-                self._add(claim)
+                now._add(claim)
             if mods and isinstance(reply, Message) and reply.has_content():
                 records = reply.content.array_records
-                self.inner = {name: dict(arrays) for name, arrays in records.items()}
+                now.inner = {name: dict(arrays) for name, arrays in records.items()}
             return reply
 
         return probe
@@ -68,6 +70,8 @@ class Heard:
             return chain(function, [*mods, self.innermost(mods)])
 
         with ExitStack() as stack:
+            _listeners.append(self)
+            stack.callback(_listeners.pop)
             stack.enter_context(patch.object(client_app, "make_ffn", heard))
             for module, (start, kind) in SERVER.items():
                 try:
